@@ -1,0 +1,97 @@
+# Hypernetes: build, try, test. Every target works on a fresh Debian 12 machine
+# with Go and root; what is missing from Debian is installed by `make deps`.
+SHELL := /bin/bash
+.DEFAULT_GOAL := build
+.DELETE_ON_ERROR:
+
+BIN := $(CURDIR)/bin
+NAME ?= default
+NODES ?= 2
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+
+# Upstream programs, unmodified, at the versions of upstream/*/go.mod. A program
+# is built again when its go.mod changes.
+KUBE_VERSION := $(shell awk '$$1=="require" && $$2=="k8s.io/kubernetes" {print $$3} $$1=="k8s.io/kubernetes" && $$2 ~ /^v/ {print $$2}' upstream/kubernetes/go.mod | head -1)
+CONTAINERD_VERSION := $(shell awk '$$1=="github.com/containerd/containerd/v2" {print $$2}' upstream/containerd/go.mod)
+KUBE_LDFLAGS := -s -w -X k8s.io/component-base/version.gitVersion=$(KUBE_VERSION) -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=$(word 2,$(subst ., ,$(KUBE_VERSION))) -X k8s.io/component-base/version.gitTreeState=clean
+KUBE := kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl
+CONTAINERD := containerd containerd-shim-runc-v2 ctr
+CNI := main/ptp main/bridge main/loopback ipam/host-local meta/portmap
+UPSTREAM := etcd $(KUBE) agnhost $(CONTAINERD) runsc containerd-shim-runsc-v1 runc helm $(addprefix cni/,$(notdir $(CNI)))
+OURS := h8s h8s-controller h8s-node h8s-cni
+IMAGES := pause busybox agnhost h8s
+
+# step NAME COMMAND: runs it, says how long it took, and shows the log's tail if it fails.
+step = @start=$$SECONDS; mkdir -p $(BIN)/log; log=$(BIN)/log/build-$(subst /,-,$(1)).log; printf '  build %-28s' '$(1)'; \
+	if ( $(2) ) >"$$log" 2>&1; then printf ' %4ds\n' $$((SECONDS-start)); \
+	else printf ' FAILED after %ds; %s ends with:\n' $$((SECONDS-start)) "$$log"; tail -20 "$$log"; exit 1; fi
+gobuild = CGO_ENABLED=0 go build -buildvcs=false -trimpath
+
+.PHONY: build up down test bench lint generate deps upstream ours images clean
+
+build: deps upstream ours images ## everything, into bin/
+
+deps: ## Debian packages that are not there yet
+	@./build/deps.sh
+
+upstream: $(addprefix $(BIN)/,$(UPSTREAM))
+
+$(BIN)/etcd: upstream/etcd/go.mod
+	$(call step,etcd,cd upstream/etcd && $(gobuild) -ldflags '-s -w' -o $@ go.etcd.io/etcd/server/v3)
+
+$(addprefix $(BIN)/,$(KUBE)): $(BIN)/%: upstream/kubernetes/go.mod
+	$(call step,$*,cd upstream/kubernetes && $(gobuild) -ldflags '$(KUBE_LDFLAGS)' -o $@ k8s.io/kubernetes/cmd/$*)
+
+$(BIN)/agnhost: upstream/kubernetes/go.mod
+	$(call step,agnhost,cd upstream/kubernetes && $(gobuild) -ldflags '$(KUBE_LDFLAGS)' -o $@ k8s.io/kubernetes/test/images/agnhost)
+
+$(addprefix $(BIN)/,$(CONTAINERD)): $(BIN)/%: upstream/containerd/go.mod
+	$(call step,$*,cd upstream/containerd && $(gobuild) -ldflags '-s -w -X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)' -o $@ github.com/containerd/containerd/v2/cmd/$*)
+
+# runsc chroots itself without a dynamic loader: it must be static.
+$(BIN)/runsc: upstream/gvisor/go.mod
+	$(call step,runsc,cd upstream/gvisor && $(gobuild) -ldflags '-s -w' -o $@ gvisor.dev/gvisor/runsc)
+
+# Ours, around gVisor's shim packages: docs/decisions/0002-gvisor-shim.md.
+$(BIN)/containerd-shim-runsc-v1: upstream/gvisor/go.mod $(wildcard upstream/gvisor/shim/*.go)
+	$(call step,containerd-shim-runsc-v1,cd upstream/gvisor && $(gobuild) -ldflags '-s -w' -o $@ ./shim)
+
+$(BIN)/runc: upstream/runc/go.mod
+	$(call step,runc,cd upstream/runc && CGO_ENABLED=1 go build -buildvcs=false -trimpath -tags seccomp -ldflags '-s -w' -o $@ github.com/opencontainers/runc)
+
+$(BIN)/helm: upstream/helm/go.mod
+	$(call step,helm,cd upstream/helm && $(gobuild) -ldflags '-s -w' -o $@ helm.sh/helm/v3/cmd/helm)
+
+$(addprefix $(BIN)/cni/,$(notdir $(CNI))): $(BIN)/cni/%: upstream/cni/go.mod
+	$(call step,cni/$*,cd upstream/cni && $(gobuild) -ldflags '-s -w' -o $@ github.com/containernetworking/plugins/plugins/$(filter %/$*,$(CNI)))
+
+$(BIN)/golangci-lint: upstream/golangci-lint/go.mod
+	$(call step,golangci-lint,cd upstream/golangci-lint && $(gobuild) -ldflags '-s -w' -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
+
+ours: ## our own programs; the compiler's cache decides what is done again
+	$(call step,$(OURS),$(gobuild) -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ $(addprefix ./cmd/,$(OURS)))
+
+images: upstream ours ## container images, as archives in bin/images
+	@go run ./images --bin $(BIN) --out $(BIN)/images $(IMAGES)
+
+up: build ## a two-node cluster with two demo tenants
+	@$(BIN)/h8s up --name $(NAME) --nodes $(NODES) --demo
+
+down: ## removes the cluster and everything it made
+	@if [ -x $(BIN)/h8s ]; then $(BIN)/h8s down --name $(NAME); else echo "nothing was built, so nothing is up"; fi
+
+test: build $(BIN)/golangci-lint ## everything: generated code, lint, unit, kernel, cluster
+	@go run ./test/runner
+
+bench: build ## measurements side by side with what a user would pick instead
+	@go run ./bench
+
+lint: $(BIN)/golangci-lint
+	@$(BIN)/golangci-lint run ./...
+
+generate: ## deepcopy and CRDs from api/
+	@go tool controller-gen object paths=./api/...
+	@go tool controller-gen crd paths=./api/... output:crd:dir=deploy/h8s/crds
+
+clean:
+	rm -rf $(BIN)

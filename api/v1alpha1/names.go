@@ -1,0 +1,50 @@
+package v1alpha1
+
+// Labels and annotations. Only operators and the product's own components may
+// set those on a tenant's objects; admission policies see to it.
+const (
+	// LabelTenant on a Namespace names the Tenant that owns it.
+	LabelTenant = "h8s.io/tenant"
+	// LabelNetwork on a Namespace names the Network that its pods join.
+	LabelNetwork = "h8s.io/network"
+	// LabelSandbox on a Namespace is the RuntimeClass that a pod gets if it
+	// names none. Admission reads it from namespaceObject.
+	LabelSandbox = "h8s.io/sandbox"
+	// AnnotationSandboxes on a Namespace lists the RuntimeClasses that its pods
+	// may name, separated by commas.
+	AnnotationSandboxes = "h8s.io/sandboxes"
+	// AnnotationNetworks on a Pod names the Network it was admitted for. The
+	// node agent refuses a pod whose annotation and namespace disagree.
+	AnnotationNetworks = "h8s.io/networks"
+	// AnnotationCreator on a Namespace is the user who made it.
+	AnnotationCreator = "h8s.io/creator"
+	// LabelManagedBy marks objects that the controller made for a Tenant.
+	LabelManagedBy = "app.kubernetes.io/managed-by"
+	// ManagedBy is the value of LabelManagedBy.
+	ManagedBy = "h8s-controller"
+	// ServiceProxyName is the value of the well-known label
+	// service.kubernetes.io/service-proxy-name on a tenant's Services and
+	// EndpointSlices: it tells kube-proxy that the portals serve them.
+	ServiceProxyName = "h8s.io"
+	// Finalizer holds an object back until what was made for it is gone.
+	Finalizer = "h8s.io/finalizer"
+)
+
+// Condition types.
+const (
+	ConditionReady        = "Ready"
+	ConditionMembersReady = "MembersReady"
+	ConditionNetworkReady = "NetworkReady"
+	ConditionQuotaReady   = "QuotaReady"
+	// ConditionConflict on a Network is True while its CIDRs overlap with
+	// something that a node or the cluster needs for itself.
+	ConditionConflict = "Conflict"
+	// ConditionDeleting says what a deletion waits for.
+	ConditionDeleting = "Deleting"
+)
+
+// SandboxGVisor and SandboxHyper are RuntimeClass names that the chart installs.
+const (
+	SandboxGVisor = "gvisor"
+	SandboxHyper  = "hyper"
+)

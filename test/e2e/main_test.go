@@ -1,0 +1,160 @@
+// Package e2e plays an operator, tenants and attackers on a throwaway two-node
+// cluster, with the tools and credentials that they would have: kubectl and
+// kubeconfigs that `h8s kubeconfig` printed.
+//
+//	go test ./test/e2e                      its own cluster, removed afterwards
+//	go test ./test/e2e -cluster dev         a cluster that is up (h8s up --name dev --resolver …)
+//	go test ./test/e2e -keep                leaves its cluster up, to look at
+package e2e
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/miekg/dns"
+)
+
+var (
+	clusterFlag = flag.String("cluster", "", "use this running cluster instead of a throwaway one")
+	keepFlag    = flag.Bool("keep", false, "leave the throwaway cluster up")
+)
+
+// outsideName is a name that only the host's resolvers know, and outsideAddress is its address.
+const (
+	outsideName    = "outside.example.com"
+	outsideAddress = "198.51.100.7"
+	// outsideDNS is where the test's own "resolver of the host" listens.
+	outsideDNS = "127.0.0.1:15353"
+)
+
+// env is the cluster under test.
+type env struct {
+	root    string // of the repository
+	bin     string
+	cluster string
+	dir     string // kubeconfigs
+}
+
+var cluster env //nolint:gochecknoglobals // set once by TestMain, which cannot pass values to tests
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) (code int) {
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	dir, err := os.MkdirTemp("", "h8s-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	cluster = env{root: root, bin: filepath.Join(root, "bin"), cluster: *clusterFlag, dir: dir}
+
+	stop, err := serveOutsideDNS()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer stop()
+
+	if cluster.cluster != "" {
+		return runTests(m)
+	}
+	cluster.cluster = "e2e"
+	// What an earlier run left when it was killed is not this run's business.
+	_ = h8s("down", "--name", cluster.cluster)
+	before := hostState()
+	if !*keepFlag {
+		defer func() {
+			if err := h8s("down", "--name", cluster.cluster); err != nil {
+				fmt.Fprintln(os.Stderr, "h8s down:", err)
+				code = 1
+			}
+			if after := hostState(); after != before {
+				fmt.Fprintf(os.Stderr, "h8s down left something on the host (- before, + after):\n%s", cmp.Diff(before, after))
+				code = 1
+			}
+		}()
+	}
+	if err := h8s("up", "--name", cluster.cluster, "--nodes", "2", "--resolver", outsideDNS); err != nil {
+		fmt.Fprintln(os.Stderr, "h8s up:", err)
+		return 1
+	}
+	return runTests(m)
+}
+
+func runTests(m *testing.M) int {
+	if err := writeKubeconfig(admin); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}
+
+// h8s runs our CLI with its output on this process's.
+func h8s(args ...string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, filepath.Join(cluster.bin, "h8s"), args...)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	return cmd.Run()
+}
+
+// hostState is what `h8s down` must restore: links, network namespaces, mounts
+// and sysctls of the host.
+func hostState() string {
+	var b strings.Builder
+	for _, argv := range [][]string{
+		{"ip", "-o", "link"},
+		{"ls", "/run/netns"},
+		{"sh", "-c", "findmnt -rn -o TARGET | sort"},
+		{"sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv4.(ip_forward|conf.(all|default|eth0))'"},
+		{"sh", "-c", "find /sys/fs/cgroup -maxdepth 2 -type d -name 'h8s*' | sort"},
+		{"sh", "-c", "ls -d /var/lib/h8s/* /run/h8s* 2>/dev/null"},
+	} {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		out, _ := exec.CommandContext(ctx, argv[0], argv[1:]...).Output()
+		cancel()
+		fmt.Fprintf(&b, "# %s\n%s", strings.Join(argv, " "), out)
+	}
+	return b.String()
+}
+
+// serveOutsideDNS plays the host's resolver.
+func serveOutsideDNS() (stop func(), err error) {
+	pc, err := net.ListenPacket("udp", outsideDNS)
+	if err != nil {
+		return nil, fmt.Errorf("the test's resolver: %w", err)
+	}
+	srv := &dns.Server{PacketConn: pc, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+		r := new(dns.Msg).SetReply(q)
+		if len(q.Question) == 1 && strings.EqualFold(q.Question[0].Name, outsideName+".") {
+			if q.Question[0].Qtype == dns.TypeA {
+				rr, err := dns.NewRR(outsideName + ". 30 IN A " + outsideAddress)
+				if err == nil {
+					r.Answer = append(r.Answer, rr)
+				}
+			}
+		} else {
+			r.Rcode = dns.RcodeNameError
+		}
+		_ = w.WriteMsg(r)
+	})}
+	go func() { _ = srv.ActivateAndServe() }()
+	return func() { _ = srv.Shutdown() }, nil
+}

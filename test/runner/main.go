@@ -1,0 +1,216 @@
+// Command runner is `make test`: it runs every kind of test there is, one after
+// the other, shows what runs and for how long, prints the whole output of what
+// failed and the reason of each skip, and ends with one line of totals.
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// suite is one command. A Go suite's tests are counted one by one, any other
+// command counts as one test.
+type suite struct {
+	name string
+	dir  string // relative to the repository's root; "" is the root
+	argv []string
+	goes bool // the command is `go test`, without -json
+}
+
+func suites() []suite {
+	unit := []string{"go", "test", "-race", "-timeout=15m", "./api/...", "./internal/...", "./cmd/...", "./images/...", "./test/runner/..."}
+	return []suite{
+		{name: "generated code", argv: []string{"./test/generated.sh"}},
+		{name: "lint", argv: []string{"make", "--no-print-directory", "lint"}},
+		{name: "unit and kernel", argv: unit, goes: true},
+		{name: "gVisor shim", dir: "upstream/gvisor", argv: []string{"go", "test", "-timeout=10m", "./shim/..."}, goes: true},
+		{name: "cluster", argv: []string{"go", "test", "-timeout=40m", "./test/e2e/..."}, goes: true},
+	}
+}
+
+type totals struct{ passed, failed, skipped int }
+
+func main() {
+	only := flag.String("only", "", "run only the suites whose name contains this")
+	flag.Parse()
+
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+
+	var all totals
+	for _, s := range suites() {
+		if !strings.Contains(s.name, *only) || ctx.Err() != nil {
+			continue
+		}
+		t := run(ctx, s)
+		all.passed += t.passed
+		all.failed += t.failed
+		all.skipped += t.skipped
+	}
+	fmt.Printf("%d passed, %d failed, %d skipped\n", all.passed, all.failed, all.skipped)
+	if all.failed > 0 || all.passed == 0 {
+		os.Exit(1)
+	}
+}
+
+// run executes one suite and reports it on standard output.
+func run(ctx context.Context, s suite) totals {
+	start := time.Now()
+	argv := s.argv
+	if s.goes {
+		argv = append([]string{"go", "test", "-json"}, argv[2:]...)
+	}
+	fmt.Printf("=== %s: %s\n", s.name, strings.Join(s.argv, " "))
+
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Dir = s.dir
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
+	cmd.WaitDelay = time.Minute
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return failure(s, start, err)
+	}
+	errOut := &tail{limit: 1 << 16}
+	cmd.Stderr = errOut
+	if err := cmd.Start(); err != nil {
+		return failure(s, start, err)
+	}
+
+	var t totals
+	if s.goes {
+		t = count(out, os.Stdout, start)
+	} else {
+		_, _ = io.Copy(errOut, out)
+	}
+	err = cmd.Wait()
+	switch {
+	case err != nil && t.failed == 0:
+		fmt.Print(errOut.String())
+		return failure(s, start, err)
+	case err == nil && !s.goes:
+		t.passed = 1
+	}
+	fmt.Printf("=== %s: %d passed, %d failed, %d skipped (%s)\n\n", s.name, t.passed, t.failed, t.skipped, elapsed(start))
+	return t
+}
+
+func failure(s suite, start time.Time, err error) totals {
+	fmt.Printf("=== %s: FAILED: %v (%s)\n\n", s.name, err, elapsed(start))
+	return totals{failed: 1}
+}
+
+func elapsed(start time.Time) time.Duration { return time.Since(start).Round(time.Second) }
+
+// event is one line of `go test -json` (see `go doc test2json`).
+type event struct {
+	Action  string
+	Package string
+	Test    string
+	Output  string
+	Elapsed float64
+}
+
+// count reads events, prints a line for each package and the output of each test
+// that failed or was skipped, and counts leaf tests: a test that has subtests is
+// counted only if it failed without any of them failing.
+func count(r io.Reader, w io.Writer, start time.Time) totals {
+	var t totals
+	type key struct{ pkg, test string }
+	output := map[key]*strings.Builder{}
+	hasChild := map[key]bool{}
+	childFailed := map[key]bool{}
+	lines := bufio.NewReader(r)
+	for {
+		line, err := lines.ReadBytes('\n')
+		var e event
+		if len(line) > 0 && json.Unmarshal(line, &e) != nil {
+			fmt.Fprintf(w, "%s", line)
+		}
+		k := key{e.Package, e.Test}
+		parent := key{e.Package, ""}
+		if i := strings.LastIndexByte(e.Test, '/'); i >= 0 {
+			parent.test = e.Test[:i]
+		}
+		switch e.Action {
+		case "run":
+			hasChild[parent] = true
+		case "build-output":
+			fmt.Fprint(w, e.Output)
+		case "output":
+			if output[k] == nil {
+				output[k] = &strings.Builder{}
+			}
+			output[k].WriteString(e.Output)
+		case "pass", "fail", "skip":
+			out := ""
+			if b := output[k]; b != nil {
+				out = b.String()
+			}
+			delete(output, k)
+			if e.Action == "fail" {
+				if e.Test != "" {
+					childFailed[parent] = true
+				}
+				fmt.Fprintf(w, "--- FAIL %s %s [%s]\n%s", e.Package, e.Test, elapsed(start), out)
+			}
+			leaf := !hasChild[k]
+			switch {
+			case e.Test == "" && e.Action == "fail" && !childFailed[k]:
+				t.failed++ // did not build, panicked or timed out
+			case e.Test == "" && e.Action == "pass":
+				fmt.Fprintf(w, "ok   %s (%.1fs)\n", e.Package, e.Elapsed)
+			case e.Test == "":
+			case e.Action == "fail" && (leaf || !childFailed[k]):
+				t.failed++
+			case e.Action == "pass" && leaf:
+				t.passed++
+			case e.Action == "skip" && leaf:
+				t.skipped++
+				fmt.Fprintf(w, "--- SKIP %s %s\n%s", e.Package, e.Test, out)
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return t
+		}
+		if err != nil {
+			fmt.Fprintf(w, "reading test output: %v\n", err)
+			t.failed++
+			return t
+		}
+	}
+}
+
+// tail keeps the last bytes that were written to it.
+type tail struct {
+	mu    sync.Mutex
+	limit int
+	buf   []byte
+}
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.buf = append(t.buf, p...)
+	if over := len(t.buf) - t.limit; over > 0 {
+		t.buf = t.buf[over:]
+	}
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return string(t.buf)
+}

@@ -1,0 +1,58 @@
+package main
+
+import (
+	"io"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestCount(t *testing.T) {
+	cases := map[string]struct {
+		events string
+		want   totals
+	}{
+		"leaves are counted, parents are not": {
+			events: `{"Action":"run","Package":"p","Test":"A"}
+{"Action":"run","Package":"p","Test":"A/one"}
+{"Action":"pass","Package":"p","Test":"A/one"}
+{"Action":"run","Package":"p","Test":"A/two"}
+{"Action":"skip","Package":"p","Test":"A/two"}
+{"Action":"pass","Package":"p","Test":"A"}
+{"Action":"pass","Package":"p"}
+`,
+			want: totals{passed: 1, skipped: 1},
+		},
+		"a failed subtest fails once": {
+			events: `{"Action":"run","Package":"p","Test":"A"}
+{"Action":"run","Package":"p","Test":"A/one"}
+{"Action":"fail","Package":"p","Test":"A/one"}
+{"Action":"fail","Package":"p","Test":"A"}
+{"Action":"fail","Package":"p"}
+`,
+			want: totals{failed: 1},
+		},
+		"a package that does not build fails": {
+			events: `{"Action":"build-output","ImportPath":"p","Output":"syntax error\n"}
+{"Action":"fail","Package":"p"}
+`,
+			want: totals{failed: 1},
+		},
+		"a parent that fails by itself": {
+			events: `{"Action":"run","Package":"p","Test":"A"}
+{"Action":"run","Package":"p","Test":"A/one"}
+{"Action":"pass","Package":"p","Test":"A/one"}
+{"Action":"fail","Package":"p","Test":"A"}
+{"Action":"fail","Package":"p"}
+`,
+			want: totals{passed: 1, failed: 1},
+		},
+	}
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			if got := count(strings.NewReader(c.events), io.Discard, time.Now()); got != c.want {
+				t.Errorf("count() = %+v, want %+v", got, c.want)
+			}
+		})
+	}
+}
