@@ -1,0 +1,114 @@
+package cni
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+)
+
+const (
+	// ConflistName sorts before the default network's, so that the container
+	// runtime picks it.
+	ConflistName = "00-h8s.conflist"
+	pluginType   = "h8s-cni"
+	networkName  = "h8s"
+)
+
+// Conflist is the network configuration list that makes the container runtime
+// call h8s-cni. confDir is where h8s-cni finds the default network's, as the
+// runtime sees it.
+func Conflist(socket, confDir string) ([]byte, error) {
+	return json.MarshalIndent(map[string]any{
+		"cniVersion": "1.1.0",
+		"name":       networkName,
+		"plugins": []any{map[string]any{
+			"type":    pluginType,
+			"socket":  socket,
+			"confDir": confDir,
+			// The runtime passes only what is declared here, and h8s-cni hands it
+			// on; which of it matters is for the default network's plugins to say.
+			"capabilities": map[string]bool{
+				"portMappings": true, "bandwidth": true, "dns": true, "ipRanges": true, "ips": true, "mac": true,
+				"aliases": true, "cgroupPath": true, "deviceID": true, "infinibandGUID": true,
+				"io.kubernetes.cri.pod-annotations": true,
+			},
+		}},
+	}, "", "  ")
+}
+
+// InstallPlugin copies the program h8s-cni into dir, in one step: a container
+// runtime that executes it meanwhile gets the old one or the new one.
+func InstallPlugin(source, dir string) error {
+	f, err := os.Open(source)
+	if err != nil {
+		return fmt.Errorf("install %s: %w", pluginType, err)
+	}
+	defer f.Close()
+	if err := install(filepath.Join(dir, pluginType), 0o755, f); err != nil {
+		return fmt.Errorf("install %s: %w", pluginType, err)
+	}
+	return nil
+}
+
+// InstallConflist writes the configuration list into dir, in one step. From then
+// on the container runtime calls h8s-cni for every pod of the node.
+func InstallConflist(dir, socket string) error {
+	data, err := Conflist(socket, dir)
+	if err != nil {
+		return fmt.Errorf("install %s: %w", ConflistName, err)
+	}
+	path := filepath.Join(dir, ConflistName)
+	if old, err := os.ReadFile(path); err == nil && string(old) == string(data) {
+		return nil // the runtime reloads its configuration on every change
+	}
+	if err := install(path, 0o644, bytes.NewReader(data)); err != nil {
+		return fmt.Errorf("install %s: %w", ConflistName, err)
+	}
+	return nil
+}
+
+// Uninstall removes both, so that the container runtime goes back to the default
+// network.
+func Uninstall(binDir, confDir string) error {
+	var errs []error
+	for _, path := range []string{filepath.Join(confDir, ConflistName), filepath.Join(binDir, pluginType)} {
+		if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func install(path string, mode os.FileMode, content io.Reader) (err error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	// The dot and the lack of a suffix keep it out of the runtime's sight.
+	f, err := os.CreateTemp(filepath.Dir(path), ".h8s-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	_, err = io.Copy(f, content)
+	if err == nil {
+		err = f.Chmod(mode)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), path)
+}
