@@ -1,0 +1,76 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"sigs.k8s.io/yaml"
+)
+
+// Where the product is in a cluster.
+const (
+	releaseName      = "h8s"
+	productNamespace = "h8s-system"
+)
+
+// chartValues are what the chart has to know about an embedded cluster.
+func chartValues(c *Config) map[string]any {
+	type object = map[string]any
+	return object{
+		"clusterDNS":    dnsService,
+		"clusterDomain": Domain,
+		"serviceCIDRs":  []string{serviceCIDR},
+		"podCIDRs":      []string{podCIDR},
+		"image":         object{"repository": "localhost/h8s", "tag": "latest", "pullPolicy": "Never"},
+		"node":          object{"apiServer": object{"host": c.Nodes[0].Address.String(), "port": apiPort}},
+	}
+}
+
+// chartDir finds the chart: beside bin in a checkout.
+func chartDir(binDir string) (string, error) {
+	dir := filepath.Join(filepath.Dir(binDir), "deploy", "h8s")
+	if _, err := os.Stat(filepath.Join(dir, "Chart.yaml")); err != nil {
+		return "", fmt.Errorf("find the chart beside %s: %w", binDir, err)
+	}
+	return dir, nil
+}
+
+// installChart installs the product as on any other cluster.
+func (b *bringUp) installChart(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	chart, err := chartDir(b.BinDir)
+	if err != nil {
+		return err
+	}
+	values, err := yaml.Marshal(chartValues(b.Config))
+	if err != nil {
+		return err
+	}
+	valuesFile := b.state().path("values.yaml")
+	if err := writeFile(valuesFile, values, 0o644); err != nil {
+		return err
+	}
+	log, err := openLog(b.state().path("log", "helm.log"))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	helm := exec.CommandContext(ctx, filepath.Join(b.BinDir, "helm"),
+		"upgrade", "--install", releaseName, chart,
+		"--namespace", productNamespace, "--create-namespace",
+		"--values", valuesFile, "--wait", "--timeout", "4m",
+		"--kubeconfig", b.state().adminKubeconfig())
+	// Helm's caches belong to the cluster as well.
+	helm.Env = append(os.Environ(), "HELM_CACHE_HOME="+b.state().path("helm"), "HELM_CONFIG_HOME="+b.state().path("helm"), "HELM_DATA_HOME="+b.state().path("helm"))
+	helm.Stdout, helm.Stderr = log, log
+	if err := helm.Run(); err != nil {
+		return fmt.Errorf("install the chart %s: %w", chart, errors.Join(ctx.Err(), err))
+	}
+	return nil
+}

@@ -1,0 +1,192 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// CheckStatus is the outcome of one check.
+type CheckStatus string
+
+// The outcomes, from good to bad.
+const (
+	CheckOK   CheckStatus = "ok"
+	CheckWarn CheckStatus = "warn"
+	CheckFail CheckStatus = "fail"
+)
+
+// Check is one thing that the doctor looked at.
+type Check struct {
+	Name   string      `json:"name"`
+	Status CheckStatus `json:"status"`
+	// Detail says what was found.
+	Detail string `json:"detail,omitempty"`
+	// Fix says what to do about it.
+	Fix string `json:"fix,omitempty"`
+}
+
+func passed(name, detail string) Check { return Check{Name: name, Status: CheckOK, Detail: detail} }
+
+// Diagnose examines this machine, what clusters left behind on it, and what is
+// left behind inside those that run. It changes nothing.
+func Diagnose(ctx context.Context, binDir string) []Check {
+	if os.Geteuid() != 0 {
+		return []Check{{"root", CheckFail, "not root", "run `h8s doctor` as root: the checks make a scratch network namespace"}}
+	}
+	checks := []Check{passed("root", "")}
+	checks = append(checks, diagnoseMachine(ctx, binDir)...)
+	checks = append(checks, diagnoseLeftovers()...)
+	for _, name := range clusterNames() {
+		c, err := loadConfig(name)
+		if err != nil {
+			checks = append(checks, Check{"cluster " + name, CheckFail, err.Error(), "`h8s down --name " + name + "`"})
+			continue
+		}
+		clusterCtx, cancel := context.WithTimeout(ctx, 15*time.Second)
+		checks = append(checks, c.diagnose(clusterCtx)...)
+		cancel()
+	}
+	return checks
+}
+
+// clusterNames are the clusters that have a state directory.
+func clusterNames() []string {
+	files, err := filepath.Glob(filepath.Join(StateRoot, "*", "cluster.json"))
+	if err != nil {
+		return nil
+	}
+	var names []string
+	for _, f := range files {
+		names = append(names, filepath.Base(filepath.Dir(f)))
+	}
+	return names
+}
+
+// diagnoseLeftovers looks for what clusters that have no state directory any more
+// have in the machine's own namespaces.
+func diagnoseLeftovers() []Check {
+	const fix = "`h8s down --name %s`"
+	known := clusterNames()
+	gone := func(name string) bool { return !slices.Contains(known, name) }
+	var checks []Check
+
+	links, err := clusterLinks()
+	check := passed("leftover links", "")
+	if err != nil {
+		check = Check{check.Name, CheckFail, err.Error(), ""}
+	}
+	for name, links := range links {
+		if gone(name) {
+			check = Check{check.Name, CheckFail, fmt.Sprintf("%d links of cluster %s, which does not exist", len(links), name), fmt.Sprintf(fix, name)}
+		}
+	}
+	checks = append(checks, check)
+
+	check = passed("leftover cgroups", "")
+	names, err := cgroupClusters()
+	if err != nil {
+		check = Check{check.Name, CheckFail, err.Error(), ""}
+	}
+	for _, name := range names {
+		if !gone(name) {
+			continue
+		}
+		pids, err := cgroupProcesses(clusterCgroup(name))
+		if err != nil {
+			continue // going away just now
+		}
+		check = Check{check.Name, CheckFail, fmt.Sprintf("cgroups and %d processes of cluster %s, which does not exist", len(pids), name), fmt.Sprintf(fix, name)}
+	}
+	checks = append(checks, check)
+
+	check = passed("leftover mounts", "")
+	mounts, err := readMounts()
+	if err != nil {
+		check = Check{check.Name, CheckFail, err.Error(), ""}
+	}
+	for _, m := range mounts {
+		if rel, ok := strings.CutPrefix(m.target, StateRoot+"/"); ok {
+			name, _, _ := strings.Cut(rel, "/")
+			check = Check{check.Name, CheckFail, m.target + " is mounted, and no cluster mounts anything in the machine's own namespace", fmt.Sprintf(fix, name)}
+		}
+	}
+	checks = append(checks, check)
+
+	portals, err := filepath.Glob("/run/netns/h8s-*")
+	if err == nil && len(portals) > 0 {
+		return append(checks, Check{
+			"leftover portals", CheckWarn, fmt.Sprintf("network namespaces %v in the machine's own /run/netns", portals),
+			"nothing, if this machine is itself a node with Hypernetes or its tests are running; else `ip netns delete`",
+		})
+	}
+	return append(checks, passed("leftover portals", ""))
+}
+
+// cgroupClusters are the names of clusters that have cgroups.
+func cgroupClusters() ([]string, error) {
+	v1, v2, err := cgroupMounts()
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]bool{}
+	for _, root := range append(v1, v2...) {
+		// What a cluster has below its cgroup tells it from others of such a name.
+		for _, pattern := range []string{"supervisor", "n*/system"} {
+			dirs, err := filepath.Glob(filepath.Join(root, clusterCgroup("*"), pattern))
+			if err != nil {
+				return nil, err
+			}
+			for _, dir := range dirs {
+				rel, _ := filepath.Rel(root, dir)
+				top, _, _ := strings.Cut(rel, "/")
+				found[strings.TrimPrefix("/"+top, clusterCgroup(""))] = true
+			}
+		}
+	}
+	var names []string
+	for name := range found {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// diagnose examines one cluster.
+func (c *Config) diagnose(ctx context.Context) []Check {
+	name := "cluster " + c.Name
+	running, err := c.running()
+	if err != nil {
+		return []Check{{name, CheckFail, err.Error(), ""}}
+	}
+	if !running {
+		return []Check{{name, CheckWarn, "not running", fmt.Sprintf("`h8s up --name %s` starts it again, `h8s down --name %s` removes it", c.Name, c.Name)}}
+	}
+	client, err := c.client()
+	if err == nil {
+		err = c.nodesReady(ctx, client)
+	}
+	if err != nil {
+		return []Check{{name, CheckFail, err.Error(), "read the logs in " + c.state().path("nodes")}}
+	}
+	checks := []Check{passed(name, fmt.Sprintf("%d nodes ready", len(c.Nodes)))}
+	leftovers, err := c.portalLeftovers(ctx)
+	switch {
+	case errors.Is(err, errNoProduct):
+	case err != nil:
+		checks = append(checks, Check{name + " networks", CheckFail, err.Error(), ""})
+	case len(leftovers) > 0:
+		checks = append(checks, Check{
+			name + " networks", CheckFail, strings.Join(leftovers, "; "),
+			"nothing, if it was deleted a moment ago; else look into the log of the node's agent: kubectl -n " + productNamespace + " logs -l app.kubernetes.io/component=node",
+		})
+	default:
+		checks = append(checks, passed(name+" networks", "no leftover portals, links, Blocks or attachments"))
+	}
+	return checks
+}

@@ -1,0 +1,166 @@
+package cluster
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	certificatesv1 "k8s.io/api/certificates/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+)
+
+// userLifetime is how long a User's certificate is valid. Kubernetes cannot take
+// one back, so it is short.
+const userLifetime = time.Hour
+
+// AdminKubeconfig returns the kubeconfig of the cluster's administrator.
+func AdminKubeconfig(name string) ([]byte, error) {
+	c, err := loadConfig(name)
+	if err != nil {
+		return nil, err
+	}
+	data, err := os.ReadFile(c.state().adminKubeconfig())
+	if err != nil {
+		return nil, fmt.Errorf("cluster %q is not complete, `h8s up --name %s` completes it: %w", name, name, err)
+	}
+	return data, nil
+}
+
+// UserKubeconfig returns a kubeconfig for a User that exists and is not disabled,
+// with a client certificate that the cluster signs for one hour. The groups are
+// those that the certificate says the user is in.
+func UserKubeconfig(ctx context.Context, name, user string, groups []string) ([]byte, error) {
+	c, err := loadRunning(name)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	return c.userKubeconfig(ctx, user, groups)
+}
+
+func (c *Config) userKubeconfig(ctx context.Context, user string, groups []string) ([]byte, error) {
+	objects, err := c.objectClient()
+	if err != nil {
+		return nil, err
+	}
+	var u v1alpha1.User
+	switch err := objects.Get(ctx, client.ObjectKey{Name: user}, &u); {
+	case apierrors.IsNotFound(err):
+		return nil, fmt.Errorf("there is no User %q: an operator makes one (kind User, %s)", user, v1alpha1.GroupVersion)
+	case meta.IsNoMatchError(err):
+		return nil, fmt.Errorf("cluster %q has no Users, because Hypernetes is not installed: run `h8s up --name %s`", c.Name, c.Name)
+	case err != nil:
+		return nil, fmt.Errorf("look up User %q: %w", user, err)
+	case u.Spec.Disabled:
+		return nil, fmt.Errorf("the User %q is disabled (spec.disabled)", user)
+	}
+	// Names of Kubernetes' own, such as system:masters, are nobody's to give away.
+	for _, n := range append([]string{user}, groups...) {
+		if n == "" || strings.HasPrefix(n, "system:") {
+			return nil, fmt.Errorf("%q cannot be the name of a User or group: names that start with system: are Kubernetes' own", n)
+		}
+	}
+	request, key, err := newRequest(user, groups)
+	if err != nil {
+		return nil, fmt.Errorf("make certificate request: %w", err)
+	}
+	kube, err := c.client()
+	if err != nil {
+		return nil, err
+	}
+	cert, err := signRequest(ctx, kube, user, request)
+	if err != nil {
+		return nil, fmt.Errorf("have the certificate of %q signed: %w", user, err)
+	}
+	ca, err := os.ReadFile(c.state().path("pki", clusterCA+".crt"))
+	if err != nil {
+		return nil, err
+	}
+	return kubeconfig(c, ca, user, keyPair{cert: cert, key: key})
+}
+
+// newRequest makes a key and a certificate signing request, as PEM.
+func newRequest(user string, groups []string) (request, key []byte, err error) {
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	template := &x509.CertificateRequest{Subject: pkix.Name{CommonName: user, Organization: groups}}
+	der, err := x509.CreateCertificateRequest(rand.Reader, template, private)
+	if err != nil {
+		return nil, nil, err
+	}
+	if key, err = encodeKey(private); err != nil {
+		return nil, nil, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), key, nil
+}
+
+// signRequest takes a request through the cluster's CSR API, as its administrator.
+func signRequest(ctx context.Context, kube kubernetes.Interface, user string, request []byte) ([]byte, error) {
+	csrs := kube.CertificatesV1().CertificateSigningRequests()
+	seconds := int32(userLifetime / time.Second)
+	csr, err := csrs.Create(ctx, &certificatesv1.CertificateSigningRequest{
+		ObjectMeta: metav1.ObjectMeta{GenerateName: "h8s-user-"},
+		Spec: certificatesv1.CertificateSigningRequestSpec{
+			Request:           request,
+			SignerName:        certificatesv1.KubeAPIServerClientSignerName,
+			ExpirationSeconds: &seconds,
+			Usages:            []certificatesv1.KeyUsage{certificatesv1.UsageDigitalSignature, certificatesv1.UsageClientAuth},
+		},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("create: %w", err)
+	}
+	defer func() {
+		// It has served; also when the caller's time is up.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		_ = csrs.Delete(ctx, csr.Name, metav1.DeleteOptions{})
+	}()
+	csr.Status.Conditions = append(csr.Status.Conditions, certificatesv1.CertificateSigningRequestCondition{
+		Type: certificatesv1.CertificateApproved, Status: corev1.ConditionTrue,
+		Reason: "Kubeconfig", Message: "h8s kubeconfig --user " + user,
+	})
+	if _, err := csrs.UpdateApproval(ctx, csr.Name, csr, metav1.UpdateOptions{}); err != nil {
+		return nil, fmt.Errorf("approve: %w", err)
+	}
+	var cert []byte
+	err = poll(ctx, 50*time.Millisecond, func() error {
+		signed, err := csrs.Get(ctx, csr.Name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if cert = signed.Status.Certificate; len(cert) == 0 {
+			return errors.New("kube-controller-manager has not signed it")
+		}
+		return nil
+	})
+	return cert, err
+}
+
+// objectClient is the administrator's client for every kind.
+func (c *Config) objectClient() (client.Client, error) {
+	conf, err := c.restConfig()
+	if err != nil {
+		return nil, err
+	}
+	return newObjectClient(conf)
+}

@@ -1,0 +1,225 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/miekg/dns"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// diagnoseMachine looks for what a cluster, and Hypernetes on it, needs of the
+// machine.
+func diagnoseMachine(ctx context.Context, binDir string) []Check {
+	checks := []Check{
+		verdict("programs", "in "+binDir, "", checkPrograms(binDir)),
+		verdict("tools", "nft, mount, cp", "apt-get install nftables mount coreutils", checkTools()),
+		verdict("cgroups", "", "mount cgroup2 at /sys/fs/cgroup, with the controllers cpu, cpuset, memory and pids", checkCgroups()),
+		verdict("memory", "", "use a machine with 3 GiB of memory or more", checkMemory()).atMost(CheckWarn),
+		verdict("disk", "", "make room below "+filepath.Dir(StateRoot), checkDisk()).atMost(CheckWarn),
+		verdict("resolvers", "", "pass --resolver to `h8s up`", checkResolvers()).atMost(CheckWarn),
+		verdict("bridged packets", "not filtered", "accept 172.30.0.0/16 in its forward chain, or sysctl net.bridge.bridge-nf-call-iptables=0", checkBridgeFilter(ctx)).atMost(CheckWarn),
+	}
+	for _, path := range []string{"/dev/kmsg", "/dev/net/tun", "/dev/fuse"} {
+		_, err := os.Stat(path)
+		check := verdict(path, "", "load the kernel module, or give this container the device", err)
+		if path != "/dev/kmsg" { // kubelet does not start without it
+			check = check.atMost(CheckWarn)
+		}
+		checks = append(checks, check)
+	}
+	return append(checks, diagnoseKernel(ctx)...)
+}
+
+// verdict is ok, or fail with the error and what to do about it.
+func verdict(name, detail, fix string, err error) Check {
+	if err == nil {
+		return passed(name, detail)
+	}
+	return Check{name, CheckFail, err.Error(), fix}
+}
+
+// atMost makes a failure a warning.
+func (c Check) atMost(s CheckStatus) Check {
+	if c.Status == CheckFail {
+		c.Status = s
+	}
+	return c
+}
+
+func checkTools() error {
+	for _, tool := range []string{"nft", "mount", "umount", "cp"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkCgroups() error {
+	v1, v2, err := cgroupMounts()
+	if err != nil {
+		return err
+	}
+	have := map[string]bool{}
+	for _, root := range v1 {
+		// Mount points are named for their controllers, such as cpu,cpuacct.
+		for controller := range strings.SplitSeq(filepath.Base(root), ",") {
+			have[controller] = true
+		}
+	}
+	for _, root := range v2 {
+		data, err := os.ReadFile(filepath.Join(root, "cgroup.controllers"))
+		if err != nil {
+			return err
+		}
+		for _, controller := range strings.Fields(string(data)) {
+			have[controller] = true
+		}
+	}
+	for _, controller := range []string{"cpu", "cpuset", "memory", "pids"} {
+		if !have[controller] {
+			return fmt.Errorf("no cgroup controller %s", controller)
+		}
+	}
+	return nil
+}
+
+func checkMemory() error {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return err
+	}
+	if total := info.Totalram * uint64(info.Unit); total < 3<<30 {
+		return fmt.Errorf("%d MiB of memory", total>>20)
+	}
+	return nil
+}
+
+func checkDisk() error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(filepath.Dir(StateRoot), &fs); err != nil {
+		return err
+	}
+	if free := fs.Bavail * uint64(fs.Bsize); free < 4<<30 {
+		return fmt.Errorf("%d MiB free in %s", free>>20, filepath.Dir(StateRoot))
+	}
+	return nil
+}
+
+func checkResolvers() error {
+	conf, err := dns.ClientConfigFromFile("/etc/resolv.conf")
+	if err != nil {
+		return err
+	}
+	if len(conf.Servers) == 0 {
+		return errors.New("/etc/resolv.conf names no resolver")
+	}
+	return nil
+}
+
+// checkBridgeFilter: where the firewall sees bridged packets, one that forwards
+// nothing by default (as Docker's) drops what nodes say to each other.
+func checkBridgeFilter(ctx context.Context) error {
+	data, err := os.ReadFile("/proc/sys/net/bridge/bridge-nf-call-iptables")
+	if err != nil || strings.TrimSpace(string(data)) != "1" {
+		return nil
+	}
+	rules, err := exec.CommandContext(ctx, "nft", "list", "ruleset").Output()
+	if err != nil {
+		return fmt.Errorf("list the firewall's rules: %w", err)
+	}
+	if dropsForwarded(string(rules)) {
+		return errors.New("this machine's firewall drops packets between nodes")
+	}
+	return nil
+}
+
+// dropsForwarded says whether a rule set drops forwarded packets by default.
+func dropsForwarded(rules string) bool {
+	for line := range strings.Lines(rules) {
+		if strings.Contains(line, "hook forward") && strings.Contains(line, "policy drop") {
+			return true
+		}
+	}
+	return false
+}
+
+// trialRules has every kind of nftables expression that Hypernetes and kube-proxy
+// use.
+const trialRules = `
+table inet h8s-doctor {
+	set recent { type ipv4_addr; flags dynamic, timeout; timeout 1m; }
+	map services { type ipv4_addr . inet_proto . inet_service : verdict; }
+	chain one { accept; }
+	chain prerouting {
+		type filter hook prerouting priority raw; policy accept;
+		fib saddr . iif oif missing drop
+		ct state established accept
+		update @recent { ip saddr }
+	}
+	chain nat {
+		type nat hook prerouting priority dstnat; policy accept;
+		ip daddr . meta l4proto . th dport vmap @services
+		numgen random mod 2 vmap { 0 : jump one, 1 : goto one }
+	}
+	chain postrouting {
+		type nat hook postrouting priority srcnat; policy accept;
+		ip daddr 192.0.2.1 masquerade
+	}
+	chain forward {
+		type filter hook forward priority filter; policy accept;
+		ip daddr 192.0.2.2 reject with icmp type port-unreachable
+	}
+}
+`
+
+// diagnoseKernel tries features of the kernel in namespaces that end with this
+// call.
+func diagnoseKernel(ctx context.Context) []Check {
+	result := make(chan []Check)
+	go func() {
+		// The thread is not given back: it ends with this goroutine, and the
+		// namespaces with it.
+		runtime.LockOSThread()
+		if err := unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
+			result <- []Check{verdict("namespaces", "", "run h8s in a container with all privileges, or on the machine itself", err)}
+			return
+		}
+		checks := []Check{passed("namespaces", "")}
+		const module = "load the kernel module %s, or use a kernel that has it"
+		checks = append(checks,
+			verdict("veth", "", fmt.Sprintf(module, "veth"), netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "a"}, PeerName: "b"})),
+			verdict("bridge", "", fmt.Sprintf(module, "bridge"), netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "c"}})),
+			verdict("vxlan", "", fmt.Sprintf(module, "vxlan"), netlink.LinkAdd(&netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "d"}, VxlanId: 1, Port: 4789})),
+		)
+		nft := exec.CommandContext(ctx, "nft", "-f", "-")
+		nft.Stdin = strings.NewReader(trialRules)
+		out, err := nft.CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("%w: %s", err, strings.TrimSpace(string(out)))
+		}
+		checks = append(checks, verdict("nftables", "", "install nftables 1.0.1 or newer and use a kernel with nf_tables, nft_fib, nft_numgen, nft_nat, nft_masq, nft_reject", err))
+		checks = append(checks, tryOverlay())
+		result <- checks
+	}()
+	return <-result
+}
+
+// tryOverlay must run in a mount namespace of its own.
+func tryOverlay() Check {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return verdict("overlayfs", "", "", err)
+	}
+	if !supportsOverlay(filepath.Dir(StateRoot)) {
+		return Check{"overlayfs", CheckWarn, "cannot be mounted over " + filepath.Dir(StateRoot), "nothing: images are copied instead, which is slower and takes more room"}
+	}
+	return passed("overlayfs", "")
+}

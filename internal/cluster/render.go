@@ -1,0 +1,346 @@
+package cluster
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+)
+
+// file is a file to write, its path relative to a node's /etc.
+type file struct {
+	path string
+	mode os.FileMode
+	data []byte
+}
+
+// program is an upstream program that node init runs.
+type program struct {
+	name string
+	args []string
+	// ready is the socket (network, address) that accepts connections once
+	// programs further down may start; empty: at once.
+	ready [2]string
+}
+
+// Where things are inside a node: the same places as on any machine.
+const (
+	nodeBinDir       = "/opt/h8s/bin"
+	nodePKI          = "/etc/kubernetes/pki"
+	containerdSocket = "/run/containerd/containerd.sock"
+	pauseImage       = "localhost/pause:latest"
+)
+
+// nodeCgroup is the cgroup that holds everything of a node; its pods are below
+// kubepods, its programs in system.
+func nodeCgroup(cluster, node string) string { return clusterCgroup(cluster) + "/" + node }
+
+func clusterCgroup(cluster string) string { return "/h8s-" + cluster }
+
+// nodeFiles are the files that belong into a node's /etc.
+func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
+	files := []file{
+		{"containerd/config.toml", 0o644, []byte(containerdConfig(snapshotter))},
+		{"containerd/runsc.toml", 0o644, []byte(runscConfig)},
+		{"cni/net.d/10-default.conflist", 0o644, defaultNetwork(n)},
+		{"kubernetes/kubelet.yaml", 0o644, []byte(kubeletConfig(c, n))},
+		{"kubernetes/kube-proxy.yaml", 0o644, []byte(kubeProxyConfig(n))},
+		{"kubernetes/pki/ca.crt", 0o644, p.pairs[clusterCA].cert},
+		{"kubernetes/pki/kubelet.crt", 0o644, p.pairs["kubelet-serving-"+n.Name].cert},
+		{"kubernetes/pki/kubelet.key", 0o600, p.pairs["kubelet-serving-"+n.Name].key},
+		{"hostname", 0o644, []byte(n.Name + "\n")},
+		{"hosts", 0o644, []byte(hosts(c))},
+		{"resolv.conf", 0o644, []byte("nameserver " + c.gateway().String() + "\n")},
+	}
+	kubeconfigs := map[string]string{"kubelet": "kubelet-" + n.Name, "kube-proxy": "kube-proxy"}
+	if isControlPlane(c, n) {
+		kubeconfigs["kube-controller-manager"] = "kube-controller-manager"
+		kubeconfigs["kube-scheduler"] = "kube-scheduler"
+		for _, name := range []string{
+			clusterCA, etcdCA, frontProxyCA, "apiserver", "apiserver-kubelet-client",
+			"front-proxy-client", "etcd", "apiserver-etcd-client",
+		} {
+			files = append(files,
+				file{"kubernetes/pki/" + name + ".crt", 0o644, p.pairs[name].cert},
+				file{"kubernetes/pki/" + name + ".key", 0o600, p.pairs[name].key})
+		}
+		files = append(files,
+			file{"kubernetes/pki/sa.pub", 0o644, p.saPub},
+			file{"kubernetes/pki/sa.key", 0o600, p.saKey})
+	}
+	for name, cert := range kubeconfigs {
+		data, err := p.kubeconfigFor(c, cert)
+		if err != nil {
+			return nil, fmt.Errorf("render kubeconfig of %s: %w", name, err)
+		}
+		files = append(files, file{"kubernetes/" + name + ".kubeconfig", 0o600, data})
+	}
+	return files, nil
+}
+
+func isControlPlane(c *Config, n Node) bool { return n.Name == c.Nodes[0].Name }
+
+// nodePrograms are the programs of a node in the order in which they start.
+func nodePrograms(c *Config, n Node) []program {
+	var programs []program
+	if isControlPlane(c, n) {
+		programs = controlPlane(c, n)
+	}
+	return append(programs,
+		program{
+			name:  "containerd",
+			args:  []string{"--config=/etc/containerd/config.toml"},
+			ready: [2]string{"unix", containerdSocket},
+		},
+		program{name: "kubelet", args: []string{
+			"--config=/etc/kubernetes/kubelet.yaml",
+			"--kubeconfig=/etc/kubernetes/kubelet.kubeconfig",
+			"--hostname-override=" + n.Name,
+			"--node-ip=" + n.Address.String(),
+		}},
+		program{name: "kube-proxy", args: []string{"--config=/etc/kubernetes/kube-proxy.yaml"}},
+	)
+}
+
+func controlPlane(c *Config, n Node) []program {
+	pki := func(f string) string { return nodePKI + "/" + f }
+	conf := func(f string) string { return "/etc/kubernetes/" + f }
+	return []program{
+		{
+			name: "etcd",
+			args: []string{
+				"--name=" + n.Name,
+				"--data-dir=/var/lib/etcd",
+				"--listen-client-urls=https://127.0.0.1:2379",
+				"--advertise-client-urls=https://127.0.0.1:2379",
+				"--listen-peer-urls=https://127.0.0.1:2380",
+				"--initial-advertise-peer-urls=https://127.0.0.1:2380",
+				"--initial-cluster=" + n.Name + "=https://127.0.0.1:2380",
+				"--client-cert-auth",
+				"--trusted-ca-file=" + pki("etcd-ca.crt"),
+				"--cert-file=" + pki("etcd.crt"),
+				"--key-file=" + pki("etcd.key"),
+				"--peer-client-cert-auth",
+				"--peer-trusted-ca-file=" + pki("etcd-ca.crt"),
+				"--peer-cert-file=" + pki("etcd.crt"),
+				"--peer-key-file=" + pki("etcd.key"),
+			},
+			ready: [2]string{"tcp", "127.0.0.1:2379"},
+		},
+		{
+			name: "kube-apiserver",
+			args: []string{
+				"--secure-port=" + strconv.Itoa(apiPort),
+				"--advertise-address=" + n.Address.String(),
+				"--etcd-servers=https://127.0.0.1:2379",
+				"--etcd-cafile=" + pki("etcd-ca.crt"),
+				"--etcd-certfile=" + pki("apiserver-etcd-client.crt"),
+				"--etcd-keyfile=" + pki("apiserver-etcd-client.key"),
+				"--client-ca-file=" + pki("ca.crt"),
+				"--tls-cert-file=" + pki("apiserver.crt"),
+				"--tls-private-key-file=" + pki("apiserver.key"),
+				"--kubelet-certificate-authority=" + pki("ca.crt"),
+				"--kubelet-client-certificate=" + pki("apiserver-kubelet-client.crt"),
+				"--kubelet-client-key=" + pki("apiserver-kubelet-client.key"),
+				"--kubelet-preferred-address-types=InternalIP",
+				"--requestheader-client-ca-file=" + pki("front-proxy-ca.crt"),
+				"--requestheader-allowed-names=front-proxy-client",
+				"--requestheader-username-headers=X-Remote-User",
+				"--requestheader-group-headers=X-Remote-Group",
+				"--requestheader-extra-headers-prefix=X-Remote-Extra-",
+				"--proxy-client-cert-file=" + pki("front-proxy-client.crt"),
+				"--proxy-client-key-file=" + pki("front-proxy-client.key"),
+				"--service-account-issuer=https://kubernetes.default.svc." + Domain,
+				"--service-account-key-file=" + pki("sa.pub"),
+				"--service-account-signing-key-file=" + pki("sa.key"),
+				"--service-cluster-ip-range=" + serviceCIDR,
+				"--authorization-mode=Node,RBAC",
+				"--enable-admission-plugins=NodeRestriction",
+				"--allow-privileged=true",
+			},
+			ready: [2]string{"tcp", n.Address.String() + ":" + strconv.Itoa(apiPort)},
+		},
+		{name: "kube-controller-manager", args: []string{
+			"--flex-volume-plugin-dir=/var/lib/kubelet/volume-plugins",
+			"--kubeconfig=" + conf("kube-controller-manager.kubeconfig"),
+			"--authentication-kubeconfig=" + conf("kube-controller-manager.kubeconfig"),
+			"--authorization-kubeconfig=" + conf("kube-controller-manager.kubeconfig"),
+			"--bind-address=127.0.0.1",
+			"--leader-elect=false",
+			"--use-service-account-credentials",
+			"--root-ca-file=" + pki("ca.crt"),
+			"--service-account-private-key-file=" + pki("sa.key"),
+			"--cluster-signing-cert-file=" + pki("ca.crt"),
+			"--cluster-signing-key-file=" + pki("ca.key"),
+			"--allocate-node-cidrs=false",
+			"--service-cluster-ip-range=" + serviceCIDR,
+		}},
+		{name: "kube-scheduler", args: []string{
+			"--kubeconfig=" + conf("kube-scheduler.kubeconfig"),
+			"--authentication-kubeconfig=" + conf("kube-scheduler.kubeconfig"),
+			"--authorization-kubeconfig=" + conf("kube-scheduler.kubeconfig"),
+			"--bind-address=127.0.0.1",
+			"--leader-elect=false",
+		}},
+	}
+}
+
+// containerdConfig lowers no oom_score_adj below its own (restrict_oom_score_adj):
+// that takes CAP_SYS_RESOURCE, which not every machine gives away. AppArmor
+// profiles are the machine's, not a namespace's, so the nodes leave them alone.
+func containerdConfig(snapshotter string) string {
+	return fmt.Sprintf(`version = 3
+root = "/var/lib/containerd"
+state = "/run/containerd"
+imports = ["/etc/containerd/conf.d/*.toml"]
+
+[grpc]
+  address = %q
+
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = %q
+
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = %q
+
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+
+[plugins."io.containerd.cri.v1.runtime".cni]
+  bin_dirs = ["/opt/cni/bin"]
+  conf_dir = "/etc/cni/net.d"
+  max_conf_num = 1
+
+[plugins."io.containerd.cri.v1.runtime".containerd]
+  default_runtime_name = "runc"
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+  SystemdCgroup = false
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runsc]
+  runtime_type = "io.containerd.runsc.v1"
+
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runsc.options]
+  TypeUrl = "io.containerd.runsc.v1.options"
+  ConfigPath = "/etc/containerd/runsc.toml"
+
+[plugins."io.containerd.transfer.v1.local"]
+  [[plugins."io.containerd.transfer.v1.local".unpack_config]]
+    platform = "linux"
+    snapshotter = %q
+`, containerdSocket, snapshotter, pauseImage, snapshotter)
+}
+
+// runscConfig: systrap is the platform that works everywhere, also in a virtual
+// machine without nested virtualisation.
+const runscConfig = `log_path = "/var/log/h8s/runsc/%ID%.log"
+
+[runsc_config]
+  platform = "systrap"
+`
+
+// defaultNetwork is where pods of no tenant live: upstream's plugins, reached from
+// other nodes by a route. Masquerading is node init's (masqueradeRules), because
+// ptp would hide the source of pod-to-pod traffic as well.
+func defaultNetwork(n Node) []byte {
+	type object = map[string]any
+	conf := object{
+		"cniVersion": "1.0.0",
+		"name":       "default",
+		"plugins": []object{
+			{
+				"type":   "ptp",
+				"ipMasq": false,
+				"ipam": object{
+					"type":   "host-local",
+					"ranges": [][]object{{{"subnet": n.PodCIDR.String()}}},
+					"routes": []object{{"dst": "0.0.0.0/0"}},
+				},
+			},
+			{"type": "portmap", "capabilities": object{"portMappings": true}, "backend": "nftables"},
+		},
+	}
+	data, err := json.MarshalIndent(conf, "", "  ")
+	if err != nil {
+		panic(err) // maps of strings always marshal
+	}
+	return append(data, '\n')
+}
+
+// kubeletConfig: images are loaded from files and cannot be pulled again, so
+// kubelet never removes one, and a full disk of the machine is not the node's.
+func kubeletConfig(c *Config, n Node) string {
+	return fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+address: %s
+authentication:
+  anonymous: {enabled: false}
+  webhook: {enabled: true}
+  x509: {clientCAFile: /etc/kubernetes/pki/ca.crt}
+authorization: {mode: Webhook}
+cgroupDriver: cgroupfs
+cgroupRoot: %s
+clusterDNS: [%s]
+clusterDomain: %s
+containerRuntimeEndpoint: unix://%s
+evictionHard: {memory.available: 100Mi, nodefs.available: "0%%", nodefs.inodesFree: "0%%", imagefs.available: "0%%"}
+failCgroupV1: false
+failSwapOn: false
+healthzBindAddress: 127.0.0.1
+imageGCHighThresholdPercent: 100
+maxPods: 120
+oomScoreAdj: 0
+podCIDR: %s
+resolvConf: /etc/resolv.conf
+rotateCertificates: false
+serverTLSBootstrap: false
+serializeImagePulls: false
+tlsCertFile: /etc/kubernetes/pki/kubelet.crt
+tlsPrivateKeyFile: /etc/kubernetes/pki/kubelet.key
+volumePluginDir: /var/lib/kubelet/volume-plugins
+`, n.Address, nodeCgroup(c.Name, n.Name), dnsService, Domain, containerdSocket, n.PodCIDR)
+}
+
+// kubeProxyConfig leaves conntrack's limits alone: they are the machine's.
+func kubeProxyConfig(n Node) string {
+	return fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+mode: nftables
+bindAddress: 0.0.0.0
+healthzBindAddress: 127.0.0.1:10256
+metricsBindAddress: 127.0.0.1:10249
+clientConnection: {kubeconfig: /etc/kubernetes/kube-proxy.kubeconfig}
+clusterCIDR: %s
+hostnameOverride: %s
+oomScoreAdj: 0
+conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
+`, podCIDR, n.Name)
+}
+
+func hosts(c *Config) string {
+	var b strings.Builder
+	b.WriteString("127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n")
+	for _, n := range c.Nodes {
+		fmt.Fprintf(&b, "%s %s\n", n.Address, n.Name)
+	}
+	return b.String()
+}
+
+// masqueradeRules hide pods of the default network behind their node's address
+// when they speak to anything that has no route to them.
+func masqueradeRules(n Node) string {
+	return fmt.Sprintf(`table ip h8s-default-network
+delete table ip h8s-default-network
+table ip h8s-default-network {
+	chain postrouting {
+		type nat hook postrouting priority srcnat; policy accept;
+		ip saddr %s ip daddr != { %s, 224.0.0.0/4 } masquerade
+	}
+}
+`, n.PodCIDR, podCIDR)
+}

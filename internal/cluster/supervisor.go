@@ -1,0 +1,214 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// lockFile takes an exclusive lock that ends with this process. held is true if
+// somebody else has it.
+func lockFile(path string) (f *os.File, held bool, err error) {
+	for {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+		if err != nil {
+			return nil, false, err
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			f.Close()
+			if errors.Is(err, unix.EWOULDBLOCK) {
+				return nil, true, nil
+			}
+			return nil, false, err
+		}
+		// Whoever had the lock may have removed the file that we opened.
+		opened, err1 := f.Stat()
+		there, err2 := os.Stat(path)
+		if err1 == nil && err2 == nil && os.SameFile(opened, there) {
+			return f, false, nil
+		}
+		f.Close()
+	}
+}
+
+// running says whether the cluster's supervisor lives.
+func (c *Config) running() (bool, error) {
+	if _, err := os.Stat(string(c.state())); errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	f, held, err := lockFile(c.state().supervisorLock())
+	if err != nil {
+		return false, fmt.Errorf("look whether the supervisor is running: %w", err)
+	}
+	if !held {
+		f.Close()
+	}
+	return held, nil
+}
+
+// startSupervisor starts the cluster's supervisor, detached from this process, and
+// waits until it has its lock.
+func startSupervisor(ctx context.Context, c *Config) error {
+	log, err := openLog(c.state().supervisorLog())
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd := exec.Command("/proc/self/exe", "supervise", "--name", c.Name)
+	cmd.Args[0] = "h8s"
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start supervisor: %w", err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	return poll(ctx, 20*time.Millisecond, func() error {
+		select {
+		case err := <-ended:
+			return fmt.Errorf("supervisor ended: %w", errors.Join(err))
+		default:
+		}
+		up, err := c.running()
+		if err == nil && !up {
+			err = errors.New("supervisor has not started")
+		}
+		return err
+	})
+}
+
+// Supervise runs the cluster's supervisor until the context ends.
+func Supervise(ctx context.Context, name string, log *slog.Logger) error {
+	c, err := loadConfig(name)
+	if err != nil {
+		return err
+	}
+	lock, held, err := lockFile(c.state().supervisorLock())
+	if err != nil {
+		return fmt.Errorf("lock %s: %w", c.state().supervisorLock(), err)
+	}
+	if held {
+		return fmt.Errorf("cluster %q has a supervisor already", name)
+	}
+	defer lock.Close()
+	// First of all: `h8s down` finds the processes of a cluster by cgroup.
+	cgroup := clusterCgroup(name) + "/supervisor"
+	if err := ensureCgroup(cgroup); err != nil {
+		return err
+	}
+	if err := joinCgroup(cgroup, os.Getpid()); err != nil {
+		return err
+	}
+	bridge, err := ensureBridge(c)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		f := &forwarder{resolvers: c.Resolvers, log: log}
+		if err := f.serve(ctx, netip.AddrPortFrom(c.gateway(), 53)); err != nil {
+			cancel(err)
+		}
+	})
+	for _, n := range c.Nodes {
+		wg.Go(func() { keepNode(ctx, c, n, bridge, log.With("node", n.Name)) })
+	}
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+// keepNode runs a node's init again and again.
+func keepNode(ctx context.Context, c *Config, n Node, bridge netlink.Link, log *slog.Logger) {
+	var wait time.Duration
+	for ctx.Err() == nil {
+		began := time.Now()
+		err := runNode(ctx, c, n, bridge, log)
+		if ctx.Err() != nil {
+			return
+		}
+		wait = backoff(wait, time.Since(began))
+		log.Warn("node init ended, starting it again", "error", err, "wait", wait)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+// runNode runs a node's init in new namespaces until it or the context ends.
+func runNode(ctx context.Context, c *Config, n Node, bridge netlink.Link, log *slog.Logger) error {
+	cgroup := nodeCgroup(c.Name, n.Name)
+	// The programs have a cgroup of their own beside the pods': version 2 allows
+	// processes in leaves only.
+	if err := ensureCgroup(cgroup + "/system"); err != nil {
+		return err
+	}
+	out, err := openLog(c.state().programLog(n.Name, "init"))
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	request, lifeline, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer lifeline.Close()
+	cmd := exec.Command("/proc/self/exe", "node-init")
+	cmd.Args[0] = "h8s"
+	cmd.Dir = "/"
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = request, out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Setsid:     true,
+		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
+	}
+	err = cmd.Start()
+	request.Close()
+	if err != nil {
+		return fmt.Errorf("start node init: %w", err)
+	}
+	log.Info("node init started", "pid", cmd.Process.Pid)
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	stop := func() {
+		_ = cmd.Process.Kill() // and with it everything in its PID namespace
+		<-ended
+	}
+	if err := joinCgroup(cgroup+"/system", cmd.Process.Pid); err != nil {
+		stop()
+		return err
+	}
+	if err := plugNode(c, n, bridge, cmd.Process.Pid); err != nil {
+		stop()
+		return err
+	}
+	if err := json.NewEncoder(lifeline).Encode(initRequest{Config: c, Node: n.Name}); err != nil {
+		stop()
+		return fmt.Errorf("send request to node init: %w", err)
+	}
+	select {
+	case err := <-ended:
+		// What was in the node's PID namespace is dead, but pods' processes may take
+		// a moment to be gone; their cgroups must be empty when kubelet makes them again.
+		killCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		return errors.Join(err, killCgroup(killCtx, cgroup))
+	case <-ctx.Done():
+		stop()
+		return ctx.Err()
+	}
+}

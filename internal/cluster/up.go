@@ -1,0 +1,398 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+// UpOptions say what `h8s up` makes.
+type UpOptions struct {
+	Name  string
+	Nodes int
+	// BinDir holds the upstream programs, images and helm.
+	BinDir string
+	// Resolvers (address:port) for the nodes' DNS; the machine's own if empty.
+	Resolvers []string
+	// Product says whether to install Hypernetes; without, it is plain Kubernetes.
+	Product bool
+	// Demo says whether to make two tenants to try things with.
+	Demo bool
+	// Out is where progress goes; Terminal says that it is one.
+	Out      io.Writer
+	Terminal bool
+}
+
+// Up makes a cluster, or completes one that was left halfway, and returns when it
+// can be used. It changes nothing about a cluster that is complete.
+func Up(ctx context.Context, o UpOptions) error {
+	if err := ValidateName(o.Name); err != nil {
+		return err
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("`h8s up` makes namespaces, links and cgroups: run it as root")
+	}
+	unlock, err := lockCluster(o.Name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	c, err := loadConfig(o.Name)
+	switch {
+	case errors.Is(err, errNoCluster):
+		if c, err = createConfig(o); err != nil {
+			return err
+		}
+	case err != nil:
+		return err
+	case o.Nodes != len(c.Nodes):
+		return fmt.Errorf("cluster %q has %d nodes and that cannot change: `h8s down --name %s` first, or --nodes %d", c.Name, len(c.Nodes), c.Name, len(c.Nodes))
+	}
+	done, err := c.complete(ctx, o)
+	if err != nil {
+		return err
+	}
+	if done {
+		fmt.Fprintf(o.Out, "cluster %q is already up\n", c.Name)
+		return nil
+	}
+	fmt.Fprintf(o.Out, "cluster %q: %d nodes, Kubernetes at %s\n", c.Name, len(c.Nodes), c.apiServer())
+	b := &bringUp{Config: c, opts: o}
+	if err := runSteps(ctx, o.Out, o.Terminal, b.steps()); err != nil {
+		return fmt.Errorf("%w\nlogs: %s; `h8s up` tries again, `h8s down` removes what was made", err, c.state())
+	}
+	if err := b.markComplete(); err != nil {
+		return err
+	}
+	b.summary()
+	return nil
+}
+
+// lockCluster keeps two commands from changing one cluster at a time.
+func lockCluster(name string) (unlock func(), err error) {
+	if err := os.MkdirAll(StateRoot, 0o755); err != nil {
+		return nil, fmt.Errorf("make %s: %w", StateRoot, err)
+	}
+	path := filepath.Join(StateRoot, name+".lock")
+	f, held, err := lockFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("lock cluster %q: %w", name, err)
+	}
+	if held {
+		return nil, fmt.Errorf("another `h8s up` or `h8s down` is at work on cluster %q: wait for it to end", name)
+	}
+	return func() {
+		_ = os.Remove(path)
+		f.Close()
+	}, nil
+}
+
+// createConfig decides on the addresses of a new cluster. Under a lock of all
+// clusters, so that two of them never choose the same.
+func createConfig(o UpOptions) (*Config, error) {
+	binDir, err := filepath.Abs(o.BinDir)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkPrograms(binDir); err != nil {
+		return nil, err
+	}
+	unlock, err := lockCluster(".subnets")
+	if err != nil {
+		return nil, errors.New("another `h8s up` is choosing its addresses: try again")
+	}
+	defer unlock()
+	used, err := usedSubnets()
+	if err != nil {
+		return nil, fmt.Errorf("find a free subnet: %w", err)
+	}
+	subnet, err := chooseSubnet(used)
+	if err != nil {
+		return nil, err
+	}
+	c, err := newConfig(o.Name, o.Nodes, subnet, binDir, o.Resolvers)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.save(); err != nil {
+		return nil, fmt.Errorf("save the cluster's configuration: %w", err)
+	}
+	return c, nil
+}
+
+// checkPrograms says which of the programs that a cluster needs are missing.
+func checkPrograms(binDir string) error {
+	var missing []string
+	for _, p := range []string{
+		"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy",
+		"containerd", "containerd-shim-runc-v2", "ctr", "runc",
+		"cni/ptp", "cni/host-local", "cni/loopback", "cni/portmap",
+	} {
+		if _, err := os.Stat(filepath.Join(binDir, p)); err != nil {
+			missing = append(missing, p)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("programs are missing in %s: %v: build them with `make build`, or pass --bin-dir", binDir, missing)
+	}
+	return nil
+}
+
+// marker is written when a cluster is complete, and says what it was made with.
+type marker struct {
+	Product bool `json:"product"`
+	Demo    bool `json:"demo"`
+}
+
+func (c *Config) readMarker() (m marker, ok bool) {
+	data, err := os.ReadFile(c.state().readyFile())
+	if err != nil || json.Unmarshal(data, &m) != nil {
+		return marker{}, false
+	}
+	return m, true
+}
+
+func (b *bringUp) markComplete() error {
+	data, err := json.Marshal(marker{Product: b.opts.Product, Demo: b.opts.Product && b.opts.Demo})
+	if err != nil {
+		return err
+	}
+	return writeFile(b.state().readyFile(), append(data, '\n'), 0o644)
+}
+
+// complete says whether nothing is left to do: all that is asked for was made, and
+// runs.
+func (c *Config) complete(ctx context.Context, o UpOptions) (bool, error) {
+	m, ok := c.readMarker()
+	if !ok || (o.Product && !m.Product) || (o.Product && o.Demo && !m.Demo) {
+		return false, nil
+	}
+	running, err := c.running()
+	if err != nil || !running {
+		return false, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	client, err := c.client()
+	if err != nil {
+		return false, err
+	}
+	return c.nodesReady(ctx, client) == nil, nil
+}
+
+// restConfig is the administrator's way into the cluster.
+func (c *Config) restConfig() (*rest.Config, error) {
+	conf, err := clientcmd.BuildConfigFromFlags("", c.state().adminKubeconfig())
+	if err != nil {
+		return nil, fmt.Errorf("read the administrator's kubeconfig: %w", err)
+	}
+	conf.Timeout = 30 * time.Second
+	return conf, nil
+}
+
+func (c *Config) client() (kubernetes.Interface, error) {
+	conf, err := c.restConfig()
+	if err != nil {
+		return nil, err
+	}
+	return kubernetes.NewForConfig(conf)
+}
+
+// bringUp is one run of `h8s up`.
+type bringUp struct {
+	*Config
+	opts UpOptions
+	// started is when this run started the supervisor; zero if it did not.
+	started time.Time
+}
+
+func (b *bringUp) steps() []step {
+	first := b.Nodes[0].Name
+	steps := []step{
+		{"start network", b.state().supervisorLog(), b.startNetwork},
+		{"start control plane", b.state().programLog(first, "kube-apiserver"), b.startControlPlane},
+		{"start nodes", b.state().programLog(first, "kubelet"), b.startNodes},
+		{"load images", b.state().programLog(first, "containerd"), b.loadImages},
+	}
+	if b.opts.Product {
+		steps = append(steps, step{"install hypernetes", b.state().path("log", "helm.log"), b.installChart})
+		if b.opts.Demo {
+			steps = append(steps, step{"make demo tenants", "", b.makeDemo})
+		}
+	}
+	return steps
+}
+
+// startNetwork makes keys and certificates and starts the supervisor, which does
+// the rest.
+func (b *bringUp) startNetwork(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	p, err := ensurePKI(b.state().pki(), b.Config, time.Now())
+	if err != nil {
+		return err
+	}
+	if err := os.Chmod(b.state().pki(), 0o700); err != nil {
+		return err
+	}
+	admin, err := p.kubeconfigFor(b.Config, "admin")
+	if err != nil {
+		return err
+	}
+	if err := writeFile(b.state().adminKubeconfig(), admin, 0o600); err != nil {
+		return err
+	}
+	running, err := b.running()
+	if err != nil {
+		return err
+	}
+	if running {
+		return nil
+	}
+	b.started = time.Now()
+	return startSupervisor(ctx, b.Config)
+}
+
+func (b *bringUp) startControlPlane(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	client, err := b.client()
+	if err != nil {
+		return err
+	}
+	err = poll(ctx, 100*time.Millisecond, func() error {
+		_, err := client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("the API server at %s does not get ready: %w", b.apiServer(), err)
+	}
+	return b.allowKubeletCalls(ctx, client)
+}
+
+// allowKubeletCalls lets the API server call kubelets (logs, exec, port-forward).
+// All else that the programs may do is among the roles that Kubernetes makes itself.
+func (b *bringUp) allowKubeletCalls(ctx context.Context, client kubernetes.Interface) error {
+	binding := &rbacv1.ClusterRoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: "h8s:" + kubeletClientUser},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "system:kubelet-api-admin"},
+		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.UserKind, Name: kubeletClientUser}},
+	}
+	_, err := client.RbacV1().ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{})
+	if err != nil && !apierrors.IsAlreadyExists(err) {
+		return fmt.Errorf("allow the API server to call kubelets: %w", err)
+	}
+	return nil
+}
+
+func (b *bringUp) startNodes(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	client, err := b.client()
+	if err != nil {
+		return err
+	}
+	for i, n := range b.Nodes {
+		patch, err := json.Marshal(nodePatch(n, i == 0))
+		if err != nil {
+			return err
+		}
+		// The Node object is there once its kubelet has registered.
+		err = poll(ctx, 100*time.Millisecond, func() error {
+			_, err := client.CoreV1().Nodes().Patch(ctx, n.Name, types.StrategicMergePatchType, patch, metav1.PatchOptions{})
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("node %s does not register, see %s: %w", n.Name, b.state().programLog(n.Name, "kubelet"), err)
+		}
+	}
+	return poll(ctx, 100*time.Millisecond, func() error {
+		return errors.Join(b.nodesReady(ctx, client), b.nodesAlive(ctx, client))
+	})
+}
+
+// nodesAlive says which node has not been heard of since the supervisor started:
+// what a cluster that starts again knows of its nodes is of the life before.
+func (b *bringUp) nodesAlive(ctx context.Context, client kubernetes.Interface) error {
+	for _, n := range b.Nodes {
+		node, err := client.CoreV1().Nodes().Get(ctx, n.Name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if !node.CreationTimestamp.Time.Before(b.started.Truncate(time.Second)) {
+			continue // registered in this life
+		}
+		lease, err := client.CoordinationV1().Leases(corev1.NamespaceNodeLease).Get(ctx, n.Name, metav1.GetOptions{})
+		if err != nil {
+			return fmt.Errorf("look up the lease of node %s: %w", n.Name, err)
+		}
+		if lease.Spec.RenewTime == nil || lease.Spec.RenewTime.Time.Before(b.started) {
+			return fmt.Errorf("node %s has not reported yet", n.Name)
+		}
+	}
+	return nil
+}
+
+// nodePatch is what a kubelet may not say about its own node.
+func nodePatch(n Node, controlPlane bool) map[string]any {
+	cidr := n.PodCIDR.String()
+	patch := map[string]any{"spec": map[string]any{"podCIDR": cidr, "podCIDRs": []string{cidr}}}
+	if controlPlane {
+		patch["metadata"] = map[string]any{"labels": map[string]string{"node-role.kubernetes.io/control-plane": ""}}
+	}
+	return patch
+}
+
+// nodesReady says which of the cluster's nodes is not Ready, if any.
+func (c *Config) nodesReady(ctx context.Context, client kubernetes.Interface) error {
+	list, err := client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return err
+	}
+	return c.allReady(list.Items)
+}
+
+func (c *Config) allReady(nodes []corev1.Node) error {
+	byName := map[string]*corev1.Node{}
+	for i := range nodes {
+		byName[nodes[i].Name] = &nodes[i]
+	}
+	for _, n := range c.Nodes {
+		node := byName[n.Name]
+		if node == nil {
+			return fmt.Errorf("node %s has not registered yet", n.Name)
+		}
+		if err := nodeReady(node); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// nodeReady says why a node is not Ready, if it is not.
+func nodeReady(node *corev1.Node) error {
+	for _, cond := range node.Status.Conditions {
+		if cond.Type != corev1.NodeReady {
+			continue
+		}
+		if cond.Status == corev1.ConditionTrue {
+			return nil
+		}
+		return fmt.Errorf("node %s is not ready: %s", node.Name, cond.Message)
+	}
+	return fmt.Errorf("node %s has not reported yet", node.Name)
+}
