@@ -91,7 +91,7 @@ lint: $(BIN)/golangci-lint
 
 generate: ## deepcopy and CRDs from api/
 	@go tool controller-gen object paths=./api/...
-	@go tool controller-gen crd paths=./api/... output:crd:dir=deploy/h8s/crds
+	@go tool controller-gen crd paths=./api/... output:crd:dir=deploy/h8s/templates/crds
 
 clean:
 	rm -rf $(BIN)

@@ -47,11 +47,18 @@ func main() {
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	all := runAll(ctx, *only)
+	stop()
+	fmt.Printf("%d passed, %d failed, %d skipped\n", all.passed, all.failed, all.skipped)
+	if all.failed > 0 || all.passed == 0 {
+		os.Exit(1)
+	}
+}
 
+func runAll(ctx context.Context, only string) totals {
 	var all totals
 	for _, s := range suites() {
-		if !strings.Contains(s.name, *only) || ctx.Err() != nil {
+		if !strings.Contains(s.name, only) || ctx.Err() != nil {
 			continue
 		}
 		t := run(ctx, s)
@@ -59,10 +66,7 @@ func main() {
 		all.failed += t.failed
 		all.skipped += t.skipped
 	}
-	fmt.Printf("%d passed, %d failed, %d skipped\n", all.passed, all.failed, all.skipped)
-	if all.failed > 0 || all.passed == 0 {
-		os.Exit(1)
-	}
+	return all
 }
 
 // run executes one suite and reports it on standard output.
