@@ -45,7 +45,7 @@ func NewZone(domain string, r Records) *Zone {
 		reverse: slices.Clone(r.Reverse),
 		ptr:     map[netip.Addr][]string{},
 	}
-	z.at("").txt = ""
+	z.at("")
 	z.at("dns-version").txt = specVersion
 	headless := map[string]bool{}
 	for _, s := range r.Services {

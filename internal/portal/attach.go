@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/netip"
 	"slices"
@@ -279,7 +278,7 @@ func (m *Manager) Attachments(id int32) ([]string, error) {
 	}
 	defer release()
 	links, err := p.link.LinkList()
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err != nil {
 		return nil, fmt.Errorf("portal %d: list links: %w", id, err)
 	}
 	var names []string

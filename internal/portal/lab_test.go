@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -39,13 +38,13 @@ var (
 
 // place is a network namespace in which tests act.
 type place struct {
-	t    *testing.T
+	t    testing.TB
 	name string
 	ns   netns.NsHandle
 	h    *netlink.Handle
 }
 
-func newPlace(t *testing.T, name string) *place {
+func newPlace(t testing.TB, name string) *place {
 	t.Helper()
 	ns, err := newNetns()
 	if err != nil {
@@ -342,13 +341,13 @@ type node struct {
 
 // lab is an underlay with two nodes, the internet beyond it, and a pod of the default network on each node.
 type lab struct {
-	t       *testing.T
+	t       testing.TB
 	world   *place
 	nodes   [2]*node
 	ordinal int
 }
 
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	t.Helper()
 	lab := &lab{t: t, world: newPlace(t, "world")}
 	br := &netlink.Bridge{LinkAttrs: netlink.NewLinkAttrs()}
@@ -455,7 +454,7 @@ func (n *node) ensure(s Spec) {
 }
 
 // nft returns the portal's ruleset, or the node's.
-func nft(t *testing.T, ns netns.NsHandle, args ...string) string {
+func nft(t testing.TB, ns netns.NsHandle, args ...string) string {
 	t.Helper()
 	out, err := run(ns, "nft", args...)
 	if err != nil {
@@ -511,7 +510,5 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "the tests of package portal need root: they make network namespaces")
 		os.Exit(1)
 	}
-	runtime.LockOSThread()
-	code := m.Run()
-	os.Exit(code)
+	os.Exit(m.Run())
 }

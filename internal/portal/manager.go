@@ -81,7 +81,7 @@ func NewManager(cfg NodeConfig, log *slog.Logger) (_ *Manager, err error) {
 			m.Close()
 		}
 	}()
-	// The thread of one's own, as a goroutine may change threads at any time.
+	// /proc/self would be the first thread's, which may be in another namespace.
 	if m.ns, err = netns.GetFromPath("/proc/thread-self/ns/net"); err != nil {
 		return nil, fmt.Errorf("portal: open the node's network namespace: %w", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
@@ -85,8 +86,13 @@ type tableState struct {
 	objects    objects
 }
 
+// nftTimeout bounds the nft program. Another transaction in the same namespace may hold it up, for a short time.
+const nftTimeout = 30 * time.Second
+
 // apply makes table inet h8s of namespace ns hold r, in one transaction, unless it does. It reports whether it wrote.
 func (m *Manager) apply(ctx context.Context, ns netns.NsHandle, nf *netfilter, state *tableState, r *ruleset) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, nftTimeout)
+	defer cancel()
 	full := m.nft.NewTransaction()
 	r.write(full, objects{})
 	digest := sha256.Sum256([]byte(full.String()))

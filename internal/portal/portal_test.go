@@ -1,7 +1,6 @@
 package portal
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -38,7 +37,7 @@ func specs() map[int32][2]Spec {
 	}
 }
 
-// world is the lab with both Networks on both nodes and a pod of each.
+// tenants is the lab with both Networks on both nodes and a pod of each.
 type tenants struct {
 	*lab
 	a1, a2, b1, b2 *pod // letter: Network, digit: node
@@ -830,5 +829,3 @@ func TestSpecIsRefused(t *testing.T) {
 		})
 	}
 }
-
-var _ = bytes.Equal
