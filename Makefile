@@ -69,7 +69,7 @@ $(BIN)/golangci-lint: upstream/golangci-lint/go.mod
 	$(call step,golangci-lint,cd upstream/golangci-lint && $(gobuild) -ldflags '-s -w' -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
 
 ours: ## our own programs; the compiler's cache decides what is done again
-	$(call step,$(OURS),$(gobuild) -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ $(addprefix ./cmd/,$(OURS)))
+	$(call step,ours,$(gobuild) -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ $(addprefix ./cmd/,$(OURS)))
 
 images: upstream ours ## container images, as archives in bin/images
 	@go run ./images --bin $(BIN) --out $(BIN)/images $(IMAGES)

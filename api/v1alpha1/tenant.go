@@ -55,6 +55,8 @@ type TenantSpec struct {
 }
 
 // Member is one subject and its role in the Tenant.
+//
+// +kubebuilder:validation:XValidation:rule="self.kind != 'ServiceAccount' || self.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?:[a-z0-9]([-.a-z0-9]*[a-z0-9])?$')",message="the name of a ServiceAccount must be written namespace:name"
 type Member struct {
 	// Kind of the subject.
 	// +kubebuilder:validation:Enum=User;Group;ServiceAccount

@@ -17,7 +17,7 @@ func newUp() *cobra.Command {
 		Args:  cobra.NoArgs,
 	}
 	name := nameFlag(cmd)
-	nodes := cmd.Flags().Int("nodes", 2, "number of nodes")
+	nodes := cmd.Flags().Int("nodes", cluster.DefaultNodes, "number of nodes of a new cluster")
 	resolvers := cmd.Flags().StringSlice("resolver", nil, "DNS resolver (address:port) for the nodes; may be given again (default: the machine's)")
 	noProduct := cmd.Flags().Bool("no-product", false, "plain Kubernetes, without Hypernetes")
 	demo := cmd.Flags().Bool("demo", false, "make two tenants, acme and globex, with a web Service each")
@@ -26,6 +26,9 @@ func newUp() *cobra.Command {
 		dir, err := bin()
 		if err != nil {
 			return err
+		}
+		if !cmd.Flags().Changed("nodes") {
+			*nodes = 0 // as many as there are
 		}
 		return cluster.Up(cmd.Context(), cluster.UpOptions{
 			Name:      *name,

@@ -244,6 +244,17 @@ func removeCgroup(ctx context.Context, path string) error {
 	})
 }
 
+// clearCgroup removes a cgroup with all that is in it, as a reboot does. Where the
+// cgroups of dead pods stay, kubelet's cAdvisor spends seconds on each of them.
+func clearCgroup(ctx context.Context, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	if err := killCgroup(ctx, path); err != nil {
+		return err
+	}
+	return removeCgroup(ctx, path)
+}
+
 // poll calls f until it succeeds; when the context ends first, the error says
 // what f said last.
 func poll(ctx context.Context, interval time.Duration, f func() error) error {

@@ -19,6 +19,8 @@ const StateRoot = "/var/lib/h8s"
 const (
 	// DefaultName of a cluster.
 	DefaultName = "default"
+	// DefaultNodes is how many nodes a cluster has.
+	DefaultNodes = 2
 	// Domain that the cluster's DNS names end in.
 	Domain = "cluster.local"
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -21,6 +22,9 @@ import (
 	"h8s.io/hypernetes/internal/network"
 )
 
+// uplinkPrefix begins the names of the node's ends of portals' uplinks.
+const uplinkPrefix = "h8su"
+
 // errNoProduct means that Hypernetes is not installed in a cluster.
 var errNoProduct = errors.New("hypernetes is not installed")
 
@@ -29,15 +33,19 @@ type found struct {
 	node        string
 	portals     []string // file names in /run/netns
 	uplinks     []string // links h8su*
+	routes      []blockRoute
 	attachments []network.Attachment
 }
 
+// blockRoute is a node's route to a Block through a Network's uplink.
+type blockRoute struct{ cidr, link string }
+
 // wanted is what the API server knows.
 type wanted struct {
-	networkIDs map[int64]bool
-	pods       map[types.UID]bool
-	nodes      map[string]bool
-	blocks     []v1alpha1.Block
+	networks map[int64]string // names by ID
+	pods     map[types.UID]bool
+	nodes    map[string]bool
+	blocks   []v1alpha1.Block
 }
 
 // portalLeftovers describes what is in a running cluster although nothing that the
@@ -69,7 +77,7 @@ func (c *Config) inspectNode(n Node) (found, error) {
 	for _, name := range names {
 		f.portals = append(f.portals, filepath.Base(name))
 	}
-	if f.uplinks, err = nodeUplinks(nodePID(c.Name, n.Name)); err != nil {
+	if f.uplinks, f.routes, err = nodeUplinks(nodePID(c.Name, n.Name)); err != nil {
 		return f, err
 	}
 	records, err := filepath.Glob(c.state().node(n.Name, "var", "lib", "h8s", "attachments", "*.json"))
@@ -93,32 +101,42 @@ func (c *Config) inspectNode(n Node) (found, error) {
 	return f, nil
 }
 
-// nodeUplinks are the node's ends of its portals' uplinks.
-func nodeUplinks(pid int) ([]string, error) {
+// nodeUplinks are the node's ends of its portals' uplinks, and the routes to Blocks through them.
+func nodeUplinks(pid int) (names []string, routes []blockRoute, err error) {
 	if pid == 0 {
-		return nil, errors.New("it does not run")
+		return nil, nil, errors.New("it does not run")
 	}
 	ns, err := netns.GetFromPid(pid)
 	if err != nil {
-		return nil, fmt.Errorf("open its network namespace: %w", err)
+		return nil, nil, fmt.Errorf("open its network namespace: %w", err)
 	}
 	defer ns.Close()
 	handle, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
-		return nil, fmt.Errorf("reach into its network namespace: %w", err)
+		return nil, nil, fmt.Errorf("reach into its network namespace: %w", err)
 	}
 	defer handle.Close()
 	links, err := handle.LinkList()
 	if err != nil {
-		return nil, fmt.Errorf("list its links: %w", err)
+		return nil, nil, fmt.Errorf("list its links: %w", err)
 	}
-	var names []string
 	for _, l := range links {
-		if strings.HasPrefix(l.Attrs().Name, "h8su") {
-			names = append(names, l.Attrs().Name)
+		name := l.Attrs().Name
+		if !strings.HasPrefix(name, uplinkPrefix) {
+			continue
+		}
+		names = append(names, name)
+		through, err := handle.RouteList(l, netlink.FAMILY_V4)
+		if err != nil {
+			return nil, nil, fmt.Errorf("list its routes by %s: %w", name, err)
+		}
+		for _, r := range through {
+			if r.Dst != nil && !r.Dst.IP.IsLinkLocalUnicast() {
+				routes = append(routes, blockRoute{r.Dst.String(), name})
+			}
 		}
 	}
-	return names, nil
+	return names, routes, nil
 }
 
 func (c *Config) whatIsWanted(ctx context.Context) (*wanted, error) {
@@ -144,9 +162,9 @@ func (c *Config) whatIsWanted(ctx context.Context) (*wanted, error) {
 	if err := client.List(ctx, &pods); err != nil {
 		return nil, fmt.Errorf("list Pods: %w", err)
 	}
-	w := &wanted{networkIDs: map[int64]bool{}, pods: map[types.UID]bool{}, nodes: map[string]bool{}, blocks: blocks.Items}
+	w := &wanted{networks: map[int64]string{}, pods: map[types.UID]bool{}, nodes: map[string]bool{}, blocks: blocks.Items}
 	for _, n := range networks.Items {
-		w.networkIDs[int64(n.Status.ID)] = true
+		w.networks[int64(n.Status.ID)] = n.Name
 	}
 	for _, p := range pods.Items {
 		w.pods[p.UID] = true
@@ -163,10 +181,17 @@ func (w *wanted) leftovers(nodes []found) []string {
 	for _, f := range nodes {
 		for kind, names := range map[string][]string{"network namespace": f.portals, "link": f.uplinks} {
 			for _, name := range names {
-				id, err := strconv.ParseInt(strings.TrimPrefix(strings.TrimPrefix(name, "h8s-"), "h8su"), 10, 64)
-				if err != nil || !w.networkIDs[id] {
+				if w.networkOf(name) == "" {
 					out = append(out, fmt.Sprintf("%s %s on node %s is of no Network", kind, name, f.node))
 				}
+			}
+		}
+		for _, r := range f.routes {
+			network := w.networkOf(r.link)
+			if !slices.ContainsFunc(w.blocks, func(b v1alpha1.Block) bool {
+				return b.Spec == v1alpha1.BlockSpec{Network: network, CIDR: r.cidr, Node: f.node}
+			}) {
+				out = append(out, fmt.Sprintf("route to %s by %s on node %s is of no Block", r.cidr, r.link, f.node))
 			}
 		}
 		for _, a := range f.attachments {
@@ -181,4 +206,13 @@ func (w *wanted) leftovers(nodes []found) []string {
 		}
 	}
 	return out
+}
+
+// networkOf is the name of the Network that a portal or an uplink is of; empty if there is none.
+func (w *wanted) networkOf(portalOrUplink string) string {
+	id, err := strconv.ParseInt(strings.TrimPrefix(strings.TrimPrefix(portalOrUplink, "h8s-"), uplinkPrefix), 10, 64)
+	if err != nil {
+		return ""
+	}
+	return w.networks[id]
 }

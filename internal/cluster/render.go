@@ -19,10 +19,14 @@ type file struct {
 type program struct {
 	name string
 	args []string
-	// ready is the socket (network, address) that accepts connections once
-	// programs further down may start; empty: at once.
-	ready [2]string
+	// needs is what it waits for before it starts for the first time. Each of them
+	// tries again by itself too, but at intervals that soon get long.
+	needs []endpoint
 }
+
+// endpoint is something that gets ready: a socket (network, address) that accepts
+// connections, or a URL ("https", URL) that answers 200.
+type endpoint struct{ network, address string }
 
 // Where things are inside a node: the same places as on any machine.
 const (
@@ -81,7 +85,7 @@ func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
 
 func isControlPlane(c *Config, n Node) bool { return n.Name == c.Nodes[0].Name }
 
-// nodePrograms are the programs of a node in the order in which they start.
+// nodePrograms are the programs of a node.
 func nodePrograms(c *Config, n Node) []program {
 	var programs []program
 	if isControlPlane(c, n) {
@@ -89,19 +93,29 @@ func nodePrograms(c *Config, n Node) []program {
 	}
 	return append(programs,
 		program{
-			name:  "containerd",
-			args:  []string{"--config=/etc/containerd/config.toml"},
-			ready: [2]string{"unix", containerdSocket},
+			name: "containerd",
+			args: []string{"--config=/etc/containerd/config.toml"},
 		},
-		program{name: "kubelet", args: []string{
-			"--config=/etc/kubernetes/kubelet.yaml",
-			"--kubeconfig=/etc/kubernetes/kubelet.kubeconfig",
-			"--hostname-override=" + n.Name,
-			"--node-ip=" + n.Address.String(),
-		}},
-		program{name: "kube-proxy", args: []string{"--config=/etc/kubernetes/kube-proxy.yaml"}},
+		program{
+			name: "kubelet",
+			args: []string{
+				"--config=/etc/kubernetes/kubelet.yaml",
+				"--kubeconfig=/etc/kubernetes/kubelet.kubeconfig",
+				"--hostname-override=" + n.Name,
+				"--node-ip=" + n.Address.String(),
+			},
+			needs: []endpoint{{"unix", containerdSocket}, apiReady(c)},
+		},
+		program{
+			name:  "kube-proxy",
+			args:  []string{"--config=/etc/kubernetes/kube-proxy.yaml"},
+			needs: []endpoint{apiReady(c)},
+		},
 	)
 }
+
+// apiReady: the API server accepts connections long before it knows who may do what.
+func apiReady(c *Config) endpoint { return endpoint{"https", c.apiServer() + "/readyz"} }
 
 func controlPlane(c *Config, n Node) []program {
 	pki := func(f string) string { return nodePKI + "/" + f }
@@ -126,7 +140,6 @@ func controlPlane(c *Config, n Node) []program {
 				"--peer-cert-file=" + pki("etcd.crt"),
 				"--peer-key-file=" + pki("etcd.key"),
 			},
-			ready: [2]string{"tcp", "127.0.0.1:2379"},
 		},
 		{
 			name: "kube-apiserver",
@@ -159,9 +172,9 @@ func controlPlane(c *Config, n Node) []program {
 				"--enable-admission-plugins=NodeRestriction",
 				"--allow-privileged=true",
 			},
-			ready: [2]string{"tcp", n.Address.String() + ":" + strconv.Itoa(apiPort)},
+			needs: []endpoint{{"tcp", "127.0.0.1:2379"}},
 		},
-		{name: "kube-controller-manager", args: []string{
+		{name: "kube-controller-manager", needs: []endpoint{apiReady(c)}, args: []string{
 			"--flex-volume-plugin-dir=/var/lib/kubelet/volume-plugins",
 			"--kubeconfig=" + conf("kube-controller-manager.kubeconfig"),
 			"--authentication-kubeconfig=" + conf("kube-controller-manager.kubeconfig"),
@@ -176,7 +189,7 @@ func controlPlane(c *Config, n Node) []program {
 			"--allocate-node-cidrs=false",
 			"--service-cluster-ip-range=" + serviceCIDR,
 		}},
-		{name: "kube-scheduler", args: []string{
+		{name: "kube-scheduler", needs: []endpoint{apiReady(c)}, args: []string{
 			"--kubeconfig=" + conf("kube-scheduler.kubeconfig"),
 			"--authentication-kubeconfig=" + conf("kube-scheduler.kubeconfig"),
 			"--authorization-kubeconfig=" + conf("kube-scheduler.kubeconfig"),

@@ -2,9 +2,12 @@ package cluster
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -18,9 +21,9 @@ const (
 	maxBackoff = 5 * time.Second
 	// A program that ran this long was well; its next start is not held back.
 	healthyAfter = 30 * time.Second
-	// How long programs further down wait for one that does not get ready. Then
-	// they start all the same: they try again by themselves.
-	readyTimeout = time.Minute
+	// How long a program waits for what it needs. Then it starts all the same: a
+	// kubelet, for one, runs the node's pods also without an API server.
+	needTimeout = time.Minute
 	// Logs larger than this are put aside when their program starts.
 	maxLog = 64 << 20
 )
@@ -112,20 +115,21 @@ type runner struct {
 	log    *slog.Logger
 }
 
-// run starts the programs in order, each when the one before is ready, and each
-// again whenever it ends, until the context does.
+// run starts the programs, each when what it needs is ready, and each again
+// whenever it ends, until the context does.
 func (r *runner) run(ctx context.Context, programs []program) {
 	var wg sync.WaitGroup
 	for _, p := range programs {
-		wg.Go(func() { r.keep(ctx, p) })
-		if p.ready[0] == "" {
-			continue
-		}
-		waitCtx, cancel := context.WithTimeout(ctx, readyTimeout)
-		if err := waitDial(waitCtx, p.ready[0], p.ready[1]); err != nil {
-			r.log.Warn("program is not ready, going on without it", "program", p.name, "error", err)
-		}
-		cancel()
+		wg.Go(func() {
+			waitCtx, cancel := context.WithTimeout(ctx, needTimeout)
+			defer cancel()
+			for _, need := range p.needs {
+				if err := need.wait(waitCtx); err != nil {
+					r.log.Warn("starting a program without what it needs", "program", p.name, "error", err)
+				}
+			}
+			r.keep(ctx, p)
+		})
 	}
 	wg.Wait()
 }
@@ -183,6 +187,38 @@ func openLog(path string) (*os.File, error) {
 		return nil, err
 	}
 	return os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+}
+
+// wait waits until the endpoint is ready.
+func (e endpoint) wait(ctx context.Context) error {
+	if e.network != "https" {
+		return waitDial(ctx, e.network, e.address)
+	}
+	ca, err := os.ReadFile(nodePKI + "/" + clusterCA + ".crt")
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	client := &http.Client{
+		Timeout:   5 * time.Second,
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true},
+	}
+	return poll(ctx, 50*time.Millisecond, func() error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, e.address, nil)
+		if err != nil {
+			return err
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s answers %s", e.address, resp.Status)
+		}
+		return nil
+	})
 }
 
 // waitDial waits until something accepts connections.

@@ -152,6 +152,9 @@ func keepNode(ctx context.Context, c *Config, n Node, bridge netlink.Link, log *
 // runNode runs a node's init in new namespaces until it or the context ends.
 func runNode(ctx context.Context, c *Config, n Node, bridge netlink.Link, log *slog.Logger) error {
 	cgroup := nodeCgroup(c.Name, n.Name)
+	if err := clearCgroup(ctx, cgroup); err != nil {
+		return fmt.Errorf("clear what is left of the node's life before: %w", err)
+	}
 	// The programs have a cgroup of their own beside the pods': version 2 allows
 	// processes in leaves only.
 	if err := ensureCgroup(cgroup + "/system"); err != nil {
@@ -202,11 +205,7 @@ func runNode(ctx context.Context, c *Config, n Node, bridge netlink.Link, log *s
 	}
 	select {
 	case err := <-ended:
-		// What was in the node's PID namespace is dead, but pods' processes may take
-		// a moment to be gone; their cgroups must be empty when kubelet makes them again.
-		killCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		defer cancel()
-		return errors.Join(err, killCgroup(killCtx, cgroup))
+		return err
 	case <-ctx.Done():
 		stop()
 		return ctx.Err()

@@ -22,7 +22,8 @@ import (
 
 // UpOptions say what `h8s up` makes.
 type UpOptions struct {
-	Name  string
+	Name string
+	// Nodes of the cluster; 0 means two, or as many as it has.
 	Nodes int
 	// BinDir holds the upstream programs, images and helm.
 	BinDir string
@@ -54,12 +55,12 @@ func Up(ctx context.Context, o UpOptions) error {
 	c, err := loadConfig(o.Name)
 	switch {
 	case errors.Is(err, errNoCluster):
-		if c, err = createConfig(o); err != nil {
+		if c, err = createConfig(ctx, o); err != nil {
 			return err
 		}
 	case err != nil:
 		return err
-	case o.Nodes != len(c.Nodes):
+	case o.Nodes != 0 && o.Nodes != len(c.Nodes):
 		return fmt.Errorf("cluster %q has %d nodes and that cannot change: `h8s down --name %s` first, or --nodes %d", c.Name, len(c.Nodes), c.Name, len(c.Nodes))
 	}
 	done, err := c.complete(ctx, o)
@@ -103,7 +104,7 @@ func lockCluster(name string) (unlock func(), err error) {
 
 // createConfig decides on the addresses of a new cluster. Under a lock of all
 // clusters, so that two of them never choose the same.
-func createConfig(o UpOptions) (*Config, error) {
+func createConfig(ctx context.Context, o UpOptions) (*Config, error) {
 	binDir, err := filepath.Abs(o.BinDir)
 	if err != nil {
 		return nil, err
@@ -111,9 +112,15 @@ func createConfig(o UpOptions) (*Config, error) {
 	if err := checkPrograms(binDir); err != nil {
 		return nil, err
 	}
-	unlock, err := lockCluster(".subnets")
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var unlock func()
+	err = poll(ctx, 20*time.Millisecond, func() error {
+		unlock, err = lockCluster(".subnets")
+		return err
+	})
 	if err != nil {
-		return nil, errors.New("another `h8s up` is choosing its addresses: try again")
+		return nil, fmt.Errorf("wait for another `h8s up` to choose its addresses: %w", err)
 	}
 	defer unlock()
 	used, err := usedSubnets()
@@ -124,7 +131,11 @@ func createConfig(o UpOptions) (*Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := newConfig(o.Name, o.Nodes, subnet, binDir, o.Resolvers)
+	nodes := o.Nodes
+	if nodes == 0 {
+		nodes = DefaultNodes
+	}
+	c, err := newConfig(o.Name, nodes, subnet, binDir, o.Resolvers)
 	if err != nil {
 		return nil, err
 	}
@@ -227,6 +238,7 @@ func (b *bringUp) steps() []step {
 		{"start control plane", b.state().programLog(first, "kube-apiserver"), b.startControlPlane},
 		{"start nodes", b.state().programLog(first, "kubelet"), b.startNodes},
 		{"load images", b.state().programLog(first, "containerd"), b.loadImages},
+		{"start controllers", b.state().programLog(first, "kube-controller-manager"), b.startControllers},
 	}
 	if b.opts.Product {
 		steps = append(steps, step{"install hypernetes", b.state().path("log", "helm.log"), b.installChart})
@@ -322,6 +334,21 @@ func (b *bringUp) startNodes(ctx context.Context) error {
 	}
 	return poll(ctx, 100*time.Millisecond, func() error {
 		return errors.Join(b.nodesReady(ctx, client), b.nodesAlive(ctx, client))
+	})
+}
+
+// startControllers waits for a sign of kube-controller-manager: the ServiceAccount
+// without which no pod can be created.
+func (b *bringUp) startControllers(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	client, err := b.client()
+	if err != nil {
+		return err
+	}
+	return poll(ctx, 100*time.Millisecond, func() error {
+		_, err := client.CoreV1().ServiceAccounts(metav1.NamespaceDefault).Get(ctx, "default", metav1.GetOptions{})
+		return err
 	})
 }
 

@@ -172,6 +172,14 @@ func (l *Ledger) claim(ctx context.Context, network string, cidr netip.Prefix) e
 	}
 }
 
+// WithoutClaims runs f while no Block is being claimed, so that f sees every
+// Block either in the Registry and here, or in neither.
+func (l *Ledger) WithoutClaims(f func()) {
+	l.claiming.Lock()
+	defer l.claiming.Unlock()
+	f()
+}
+
 // unclaimable returns every range that this node must not claim.
 func (l *Ledger) unclaimable() []netip.Prefix {
 	l.mu.Lock()

@@ -339,7 +339,7 @@ func TestRules(t *testing.T) {
 					break // after a claim, before the record
 				}
 				serial++
-				a := Attachment{ContainerID: fmt.Sprintf("c%d", serial), IfName: "eth0", Network: network, Address: addr}
+				a := Attachment{ContainerID: fmt.Sprintf("c%d", serial), IfName: "eth0", Network: network, CIDR: cidrs[network], Address: addr}
 				if err := n.store.Put(a); err != nil {
 					t.Fatal(err)
 				}

@@ -16,12 +16,14 @@ import (
 // Attachment is the record of one interface of one pod. It is written before
 // the kernel is touched and removed after: whatever exists in the kernel has a record.
 type Attachment struct {
-	ContainerID string     `json:"containerID"`
-	IfName      string     `json:"ifName"`
-	Netns       string     `json:"netns"`
-	Network     string     `json:"network"`
-	NetworkID   int32      `json:"networkID"`
-	Address     netip.Addr `json:"address"`
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifName"`
+	Netns       string `json:"netns"`
+	Network     string `json:"network"`
+	NetworkID   int32  `json:"networkID"`
+	// CIDR of the Network: it is needed also when the Network object is gone.
+	CIDR    netip.Prefix `json:"cidr"`
+	Address netip.Addr   `json:"address"`
 	// Namespace, Pod and PodUID say whose it is.
 	Namespace string    `json:"namespace"`
 	Pod       string    `json:"pod"`
@@ -88,7 +90,7 @@ func (s *Store) Load() ([]Attachment, error) {
 			return nil, fmt.Errorf("load attachments: %w", err)
 		}
 		var a Attachment
-		if err := json.Unmarshal(data, &a); err != nil || a.Key()+recordSuffix != e.Name() || !a.Address.IsValid() {
+		if err := json.Unmarshal(data, &a); err != nil || a.Key()+recordSuffix != e.Name() || !a.Address.IsValid() || !a.CIDR.Contains(a.Address) {
 			return nil, fmt.Errorf("attachment record %s is damaged: stop the pod's sandbox with that container ID and remove the file", path)
 		}
 		out = append(out, a)

@@ -15,12 +15,12 @@ import (
 func record(id string) Attachment {
 	return Attachment{
 		ContainerID: id, IfName: "eth0", Netns: "/run/netns/" + id,
-		Network: "acme", NetworkID: 7, Address: netip.MustParseAddr("10.0.0.5"),
+		Network: "acme", NetworkID: 7, CIDR: netip.MustParsePrefix("10.0.0.0/16"), Address: netip.MustParseAddr("10.0.0.5"),
 		Namespace: "shop", Pod: "web", PodUID: "u-" + id, Created: time.Unix(1000, 0).UTC(),
 	}
 }
 
-var compareAddr = cmpopts.EquateComparable(netip.Addr{})
+var compareAddr = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})
 
 func TestStore(t *testing.T) {
 	dir := t.TempDir()
@@ -70,7 +70,8 @@ func TestStoreDamaged(t *testing.T) {
 		"empty":          "",
 		"cut":            `{"containerID":"c1","ifName":"eth0","addr`,
 		"another's":      `{"containerID":"c2","ifName":"eth0","address":"10.0.0.5"}`,
-		"no address":     `{"containerID":"c1","ifName":"eth0"}`,
+		"no address":     `{"containerID":"c1","ifName":"eth0","cidr":"10.0.0.0/16"}`,
+		"no CIDR":        `{"containerID":"c1","ifName":"eth0","address":"10.0.0.5"}`,
 		"not an address": `{"containerID":"c1","ifName":"eth0","address":"x"}`,
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,0 +1,96 @@
+// h8s-controller runs the reconcilers and admission webhooks of Hypernetes.
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/go-logr/logr"
+	"github.com/spf13/cobra"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/healthz"
+	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+	"sigs.k8s.io/controller-runtime/pkg/webhook"
+
+	"h8s.io/hypernetes/internal/controller"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+type flags struct {
+	namespace     string
+	certDir       string
+	webhookPort   int
+	healthAddress string
+	logLevel      string
+	options       controller.Options
+}
+
+func main() {
+	var f flags
+	cmd := &cobra.Command{
+		Use:           "h8s-controller",
+		Short:         "Reconcilers and admission webhooks of Hypernetes",
+		Version:       version,
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE:          func(*cobra.Command, []string) error { return run(f) },
+	}
+	cmd.Flags().StringVar(&f.namespace, "namespace", "h8s-system", "namespace that the controller runs in")
+	cmd.Flags().StringVar(&f.certDir, "webhook-cert-dir", "/tls", "directory with tls.crt and tls.key")
+	cmd.Flags().IntVar(&f.webhookPort, "webhook-port", 9443, "port of the webhooks")
+	cmd.Flags().StringVar(&f.healthAddress, "health-address", ":8081", "address of /healthz and /readyz")
+	cmd.Flags().StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
+	cmd.Flags().StringSliceVar(&f.options.ServiceCIDRs, "service-cidr", nil, "ranges of Services; those of ServiceCIDR objects are added")
+	cmd.Flags().StringSliceVar(&f.options.PodCIDRs, "pod-cidr", nil, "ranges of the default network; those of Nodes are added")
+	if err := cmd.Execute(); err != nil {
+		fmt.Fprintln(os.Stderr, "h8s-controller:", err)
+		os.Exit(1)
+	}
+}
+
+func run(f flags) error {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(f.logLevel)); err != nil {
+		return fmt.Errorf("--log-level: %w", err)
+	}
+	ctrl.SetLogger(logr.FromSlogHandler(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})))
+	scheme, err := controller.NewScheme()
+	if err != nil {
+		return err
+	}
+	config, err := ctrl.GetConfig()
+	if err != nil {
+		return fmt.Errorf("find the API server: %w", err)
+	}
+	shutdown := 5 * time.Second
+	mgr, err := ctrl.NewManager(config, ctrl.Options{
+		Scheme:                        scheme,
+		Cache:                         controller.CacheOptions(),
+		Metrics:                       metricsserver.Options{BindAddress: "0"},
+		HealthProbeBindAddress:        f.healthAddress,
+		WebhookServer:                 webhook.NewServer(webhook.Options{Port: f.webhookPort, CertDir: f.certDir}),
+		LeaderElection:                true,
+		LeaderElectionID:              "h8s-controller",
+		LeaderElectionNamespace:       f.namespace,
+		LeaderElectionReleaseOnCancel: true,
+		GracefulShutdownTimeout:       &shutdown,
+	})
+	if err != nil {
+		return fmt.Errorf("connect to the API server: %w", err)
+	}
+	if err := controller.Setup(mgr, f.options); err != nil {
+		return err
+	}
+	if err := mgr.AddHealthzCheck("ping", healthz.Ping); err != nil {
+		return err
+	}
+	if err := mgr.AddReadyzCheck("webhooks", mgr.GetWebhookServer().StartedChecker()); err != nil {
+		return err
+	}
+	return mgr.Start(ctrl.SetupSignalHandler())
+}

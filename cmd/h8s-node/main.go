@@ -1,0 +1,182 @@
+// h8s-node is the node agent: CNI server, portals, addresses and names of one node.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/miekg/dns"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"h8s.io/hypernetes/internal/agent"
+	"h8s.io/hypernetes/internal/cni"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if err := command().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "h8s-node:", err)
+		os.Exit(1)
+	}
+}
+
+// options are the flags that are not the agent's own.
+type options struct {
+	nodeIP, clusterDNS       string
+	serviceCIDRs, podCIDRs   []string
+	resolvConf               string
+	kubeconfig, health, logs string
+}
+
+func command() *cobra.Command {
+	var (
+		cfg  agent.Config
+		opts options
+	)
+	cmd := &cobra.Command{
+		Use:           "h8s-node",
+		Short:         "The node agent of Hypernetes: connects tenants' pods to their Networks",
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := opts.complete(&cfg); err != nil {
+				return err
+			}
+			return run(cmd.Context(), cfg, opts)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&cfg.NodeName, "node-name", os.Getenv("NODE_NAME"), "name of the Node object (default $NODE_NAME)")
+	f.StringVar(&opts.nodeIP, "node-ip", "", "address on the underlay (default: InternalIP of the Node object)")
+	f.StringVar(&cfg.Underlay, "underlay", "", "link on the underlay (default: the one that has the node's address)")
+	f.IntVar(&cfg.VXLANPort, "vxlan-port", 4789, "UDP port of the overlay, one for all nodes")
+	f.StringVar(&opts.clusterDNS, "cluster-dns", "", "address of the name server in pods, as in kubelet's configuration")
+	f.StringVar(&cfg.ClusterDomain, "cluster-domain", "cluster.local", "domain of the cluster, as in kubelet's configuration")
+	f.StringSliceVar(&opts.serviceCIDRs, "service-cidr", nil, "ranges of Services, added to those of ServiceCIDR objects")
+	f.StringSliceVar(&opts.podCIDRs, "pod-cidr", nil, "ranges of the default network, added to those of Node objects")
+	f.StringVar(&opts.resolvConf, "resolv-conf", "/etc/resolv.conf", "file that names the host's resolvers")
+	f.StringVar(&cfg.CNIPlugin, "cni-plugin", "/usr/local/bin/h8s-cni", "program to copy to --cni-bin-dir; empty: it is there")
+	f.StringVar(&cfg.CNIBinDir, "cni-bin-dir", "/opt/cni/bin", "where the container runtime finds CNI plugins")
+	f.StringVar(&cfg.CNIConfDir, "cni-conf-dir", "/etc/cni/net.d", "where the container runtime finds CNI configuration")
+	f.StringVar(&cfg.Socket, "socket", "/run/h8s/cni.sock", "where h8s-cni asks this agent")
+	f.StringVar(&cfg.StateDir, "state-dir", "/var/lib/h8s", "where attachments are recorded")
+	f.StringVar(&cfg.NetnsDir, "netns-dir", "/run/netns", "where portals are bound")
+	f.StringVar(&opts.health, "health-address", "127.0.0.1:9476", "where /healthz and /readyz are answered; empty: nowhere")
+	f.DurationVar(&cfg.BlockGrace, "block-grace", 2*time.Minute, "how long a Block without pods is kept")
+	f.StringVar(&opts.logs, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&opts.kubeconfig, "kubeconfig", "", "how to reach the API server (default: as a pod does)")
+	cmd.AddCommand(uninstall(&cfg))
+	cmd.PersistentFlags().AddFlag(f.Lookup("cni-bin-dir"))
+	cmd.PersistentFlags().AddFlag(f.Lookup("cni-conf-dir"))
+	return cmd
+}
+
+// uninstall hands the node's pods back to the default network; for the time when
+// the product leaves the cluster.
+func uninstall(cfg *agent.Config) *cobra.Command {
+	return &cobra.Command{
+		Use:   "uninstall",
+		Short: "Remove the CNI plugin and its configuration from this node",
+		Args:  cobra.NoArgs,
+		RunE:  func(*cobra.Command, []string) error { return cni.Uninstall(cfg.CNIBinDir, cfg.CNIConfDir) },
+	}
+}
+
+func (o options) complete(cfg *agent.Config) error {
+	if cfg.NodeName == "" {
+		return errors.New("--node-name (or $NODE_NAME) is needed")
+	}
+	var err error
+	if o.nodeIP != "" {
+		if cfg.NodeIP, err = netip.ParseAddr(o.nodeIP); err != nil {
+			return fmt.Errorf("--node-ip: %w", err)
+		}
+	}
+	if cfg.ClusterDNS, err = netip.ParseAddr(o.clusterDNS); err != nil {
+		return fmt.Errorf("--cluster-dns is needed, the address that kubelet writes into pods: %w", err)
+	}
+	if cfg.ServiceCIDRs, err = ipv4Prefixes(o.serviceCIDRs); err != nil {
+		return fmt.Errorf("--service-cidr: %w", err)
+	}
+	if cfg.PodCIDRs, err = ipv4Prefixes(o.podCIDRs); err != nil {
+		return fmt.Errorf("--pod-cidr: %w", err)
+	}
+	resolv, err := dns.ClientConfigFromFile(o.resolvConf)
+	if err != nil {
+		return fmt.Errorf("--resolv-conf: %w", err)
+	}
+	cfg.Resolvers = resolv.Servers
+	return nil
+}
+
+// ipv4Prefixes leaves the other family's out: Networks have none of it.
+func ipv4Prefixes(in []string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, s := range in {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return nil, err
+		}
+		if p.Addr().Is4() {
+			out = append(out, p.Masked())
+		}
+	}
+	return out, nil
+}
+
+func run(ctx context.Context, cfg agent.Config, opts options) error {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(opts.logs)); err != nil {
+		return fmt.Errorf("--log-level: %w", err)
+	}
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	config, err := clientcmd.BuildConfigFromFlags("", opts.kubeconfig)
+	if err != nil {
+		return fmt.Errorf("find the API server: %w", err)
+	}
+	a, err := agent.New(ctx, cfg, config, log)
+	if err != nil {
+		return err
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return a.Run(ctx) })
+	if opts.health != "" {
+		group.Go(func() error { return serveHealth(ctx, opts.health, a.Ready) })
+	}
+	return group.Wait()
+}
+
+func serveHealth(ctx context.Context, address string, ready func() error) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if err := ready(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		return fmt.Errorf("serve health: %w", err)
+	}
+	server := &http.Server{Handler: mux, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second}
+	defer context.AfterFunc(ctx, func() { server.Close() })()
+	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve health: %w", err)
+	}
+	return nil
+}

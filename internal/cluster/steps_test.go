@@ -1,0 +1,48 @@
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestRunSteps(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	if err := os.WriteFile(log, []byte(strings.Repeat("before\n", 100)+"the reason\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	ran := ""
+	steps := []step{
+		{"first", "", func(context.Context) error { ran += "1"; return nil }},
+		{"second", log, func(context.Context) error { ran += "2"; return errors.New("broken") }},
+		{"third", "", func(context.Context) error { ran += "3"; return nil }},
+	}
+	for name, terminal := range map[string]bool{"terminal": true, "pipe": false} {
+		t.Run(name, func(t *testing.T) {
+			ran = ""
+			var out bytes.Buffer
+			err := runSteps(t.Context(), &out, terminal, steps)
+			if err == nil || err.Error() != "second: broken" {
+				t.Errorf("error = %v", err)
+			}
+			if ran != "12" {
+				t.Errorf("ran %s", ran)
+			}
+			for _, want := range []string{"✓ first", "✗ second", log, "the reason"} {
+				if !strings.Contains(out.String(), want) {
+					t.Errorf("output lacks %q:\n%s", want, out.String())
+				}
+			}
+			if n := strings.Count(out.String(), "before"); n != logTail-1 {
+				t.Errorf("%d lines of the log before its last, want %d", n, logTail-1)
+			}
+			if strings.Contains(out.String(), "\r") != terminal {
+				t.Errorf("terminal %t, output %q", terminal, out.String())
+			}
+		})
+	}
+}

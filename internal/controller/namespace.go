@@ -1,0 +1,206 @@
+package controller
+
+import (
+	"context"
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/events"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/tenancy"
+)
+
+// namespaceReconciler keeps in each namespace of a tenant what binds it to the
+// tenant: labels, RoleBindings, ResourceQuota.
+type namespaceReconciler struct {
+	objects
+	events events.EventRecorder
+}
+
+func (r *namespaceReconciler) setup(mgr ctrl.Manager) error {
+	inNamespace := handler.EnqueueRequestsFromMapFunc(func(_ context.Context, obj client.Object) []reconcile.Request {
+		return []reconcile.Request{request(obj.GetNamespace())}
+	})
+	return ctrl.NewControllerManagedBy(mgr).Named("namespace").
+		For(&corev1.Namespace{}).
+		Watches(&rbacv1.RoleBinding{}, inNamespace).
+		Watches(&corev1.ResourceQuota{}, inNamespace).
+		Watches(&v1alpha1.Tenant{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, obj client.Object) []reconcile.Request {
+			return r.namespacesOf(ctx, obj.GetName())
+		})).
+		Watches(&v1alpha1.User{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, obj client.Object) []reconcile.Request {
+			var tenants v1alpha1.TenantList
+			if err := r.List(ctx, &tenants); err != nil {
+				return nil
+			}
+			var requests []reconcile.Request
+			for _, t := range tenancy.TenantsOf(tenants.Items, obj.GetName()) {
+				requests = append(requests, r.namespacesOf(ctx, t)...)
+			}
+			return requests
+		})).
+		Complete(r)
+}
+
+func (r *namespaceReconciler) namespacesOf(ctx context.Context, tenant string) []reconcile.Request {
+	var list corev1.NamespaceList
+	if err := r.List(ctx, &list, client.MatchingLabels{v1alpha1.LabelTenant: tenant}); err != nil {
+		return nil
+	}
+	var requests []reconcile.Request
+	for _, ns := range list.Items {
+		requests = append(requests, request(ns.Name))
+	}
+	return requests
+}
+
+// Reconcile implements reconcile.Reconciler.
+func (r *namespaceReconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	var ns corev1.Namespace
+	if err := r.Get(ctx, req.NamespacedName, &ns); err != nil {
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	if ns.DeletionTimestamp != nil {
+		return reconcile.Result{}, nil
+	}
+	return outcome(r.ensure(ctx, &ns))
+}
+
+func (r *namespaceReconciler) ensure(ctx context.Context, ns *corev1.Namespace) error {
+	name := ns.Labels[v1alpha1.LabelTenant]
+	if name == "" {
+		return r.leave(ctx, ns)
+	}
+	var t v1alpha1.Tenant
+	switch err := r.Get(ctx, client.ObjectKey{Name: name}, &t); {
+	case apierrors.IsNotFound(err):
+		r.warn(ns, "TenantNotFound", "the label %s names the Tenant %s, which does not exist: create it or correct the label", v1alpha1.LabelTenant, name)
+		return r.ensureBindings(ctx, ns.Name, nil)
+	case err != nil:
+		return fmt.Errorf("get the Tenant %s: %w", name, err)
+	case t.DeletionTimestamp != nil:
+		return nil // the tenant reconciler takes the namespace away
+	}
+	disabled, err := r.disabled(ctx)
+	if err != nil {
+		return err
+	}
+	before := ns.DeepCopy()
+	if tenancy.Complete(&ns.ObjectMeta, &t) {
+		if err := r.Patch(ctx, ns, client.MergeFrom(before)); err != nil {
+			return fmt.Errorf("label the namespace: %w", err)
+		}
+	}
+	if err := r.ensureBindings(ctx, ns.Name, tenancy.RoleBindings(&t, ns.Name, disabled)); err != nil {
+		return err
+	}
+	if err := r.checkNetwork(ctx, ns, &t); err != nil {
+		return err
+	}
+	return r.ensureQuota(ctx, ns, &t)
+}
+
+// leave takes away what we made in a namespace that is no tenant's any more.
+func (r *namespaceReconciler) leave(ctx context.Context, ns *corev1.Namespace) error {
+	before := ns.DeepCopy()
+	if tenancy.Strip(&ns.ObjectMeta) {
+		if err := r.Patch(ctx, ns, client.MergeFrom(before)); err != nil {
+			return fmt.Errorf("remove labels: %w", err)
+		}
+	}
+	if err := r.ensureBindings(ctx, ns.Name, nil); err != nil {
+		return err
+	}
+	return r.ensureQuota(ctx, ns, &v1alpha1.Tenant{})
+}
+
+func (r *namespaceReconciler) ensureBindings(ctx context.Context, namespace string, want []rbacv1.RoleBinding) error {
+	missing, surplus, err := r.bindingChanges(ctx, namespace, want)
+	if err != nil {
+		return err
+	}
+	// Access is taken before access is given.
+	for name, b := range surplus {
+		if err := r.remove(ctx, b); err != nil {
+			return fmt.Errorf("delete the RoleBinding %s: %w", name, err)
+		}
+	}
+	for i := range missing {
+		var known client.Object
+		if missing[i].ResourceVersion != "" {
+			known = missing[i].DeepCopy()
+		}
+		if err := r.write(ctx, &missing[i], known); err != nil {
+			return fmt.Errorf("make the RoleBinding %s: %w", missing[i].Name, err)
+		}
+	}
+	return nil
+}
+
+// ensureQuota keeps the ResourceQuota of the tenant's spec.quota.hard.
+func (r *namespaceReconciler) ensureQuota(ctx context.Context, ns *corev1.Namespace, t *v1alpha1.Tenant) error {
+	var have corev1.ResourceQuota
+	err := r.Get(ctx, client.ObjectKey{Namespace: ns.Name, Name: tenancy.QuotaName}, &have)
+	if client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("get the ResourceQuota: %w", err)
+	}
+	exists := err == nil
+	if len(t.Spec.Quota.Hard) == 0 {
+		if !exists {
+			return nil
+		}
+		return r.remove(ctx, &have)
+	}
+	want := corev1.ResourceQuota{
+		ObjectMeta: metav1.ObjectMeta{Namespace: ns.Name, Name: tenancy.QuotaName, Labels: tenancy.ObjectLabels(t.Name)},
+		Spec:       corev1.ResourceQuotaSpec{Hard: t.Spec.Quota.Hard},
+	}
+	var known client.Object
+	if exists {
+		if equality.Semantic.DeepEqual(have.Spec, want.Spec) && equality.Semantic.DeepEqual(have.Labels, want.Labels) {
+			return nil
+		}
+		known = &have
+	}
+	if err := r.write(ctx, &want, known); err != nil {
+		if apierrors.IsInvalid(err) { // trying again would not help
+			r.warn(ns, "QuotaInvalid", "the Tenant %s has a spec.quota.hard that Kubernetes refuses: %v", t.Name, err)
+			return reconcile.TerminalError(err)
+		}
+		return fmt.Errorf("make the ResourceQuota: %w", err)
+	}
+	return nil
+}
+
+// checkNetwork warns of a Network that an operator named wrongly. Its pods do not
+// start: node agents compare the owners.
+func (r *namespaceReconciler) checkNetwork(ctx context.Context, ns *corev1.Namespace, t *v1alpha1.Tenant) error {
+	name := ns.Labels[v1alpha1.LabelNetwork]
+	if name == tenancy.DefaultNetwork(t) {
+		return nil // the Tenant's condition NetworkReady tells
+	}
+	var n v1alpha1.Network
+	found := &n
+	if err := r.Get(ctx, client.ObjectKey{Name: name}, &n); apierrors.IsNotFound(err) {
+		found = nil
+	} else if err != nil {
+		return fmt.Errorf("get the Network %s: %w", name, err)
+	}
+	if err := tenancy.CheckNetwork(t, name, found); err != nil {
+		r.warn(ns, "NetworkInvalid", "%v", err)
+	}
+	return nil
+}
+
+func (r *namespaceReconciler) warn(ns *corev1.Namespace, reason, format string, args ...any) {
+	r.events.Eventf(ns, nil, corev1.EventTypeWarning, reason, "Reconcile", format, args...)
+}

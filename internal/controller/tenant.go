@@ -1,0 +1,332 @@
+package controller
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	apimeta "k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/tenancy"
+)
+
+// tenantReconciler makes what a Tenant has outside its namespaces, sums up what
+// the other reconcilers have done, and takes everything away in the right order.
+type tenantReconciler struct{ objects }
+
+func (r *tenantReconciler) setup(mgr ctrl.Manager) error {
+	byLabel := handler.EnqueueRequestsFromMapFunc(requestLabelled(v1alpha1.LabelTenant))
+	return ctrl.NewControllerManagedBy(mgr).Named("tenant").
+		For(&v1alpha1.Tenant{}).
+		Watches(&corev1.Namespace{}, byLabel).
+		Watches(&rbacv1.RoleBinding{}, byLabel).
+		Watches(&rbacv1.ClusterRole{}, byLabel).
+		Watches(&rbacv1.ClusterRoleBinding{}, byLabel).
+		Watches(&corev1.ResourceQuota{}, byLabel).
+		Watches(&v1alpha1.Network{}, handler.EnqueueRequestsFromMapFunc(func(_ context.Context, obj client.Object) []reconcile.Request {
+			return []reconcile.Request{request(obj.(*v1alpha1.Network).Spec.Tenant)}
+		})).
+		Watches(&v1alpha1.User{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, obj client.Object) []reconcile.Request {
+			var tenants v1alpha1.TenantList
+			if err := r.List(ctx, &tenants); err != nil {
+				return nil
+			}
+			var requests []reconcile.Request
+			for _, name := range tenancy.TenantsOf(tenants.Items, obj.GetName()) {
+				requests = append(requests, request(name))
+			}
+			return requests
+		})).
+		Complete(r)
+}
+
+// Reconcile implements reconcile.Reconciler.
+func (r *tenantReconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	var t v1alpha1.Tenant
+	if err := r.Get(ctx, req.NamespacedName, &t); err != nil {
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	if t.DeletionTimestamp != nil {
+		return outcome(r.finalize(ctx, &t))
+	}
+	return outcome(r.ensure(ctx, &t))
+}
+
+func (r *tenantReconciler) ensure(ctx context.Context, t *v1alpha1.Tenant) error {
+	if err := r.hold(ctx, t); err != nil {
+		return fmt.Errorf("add the finalizer: %w", err)
+	}
+	before := t.DeepCopy()
+	disabled, err := r.disabled(ctx)
+	if err != nil {
+		return err
+	}
+	var namespaces corev1.NamespaceList
+	if err := r.List(ctx, &namespaces, client.MatchingLabels{v1alpha1.LabelTenant: t.Name}); err != nil {
+		return fmt.Errorf("list namespaces: %w", err)
+	}
+	networkReady, err := r.ensureNetwork(ctx, t)
+	if err != nil {
+		return err
+	}
+	if err := r.ensureRoles(ctx, t, disabled); err != nil {
+		return err
+	}
+	membersReady, err := r.membersReady(ctx, t, namespaces.Items, disabled)
+	if err != nil {
+		return err
+	}
+	quotaReady, err := r.quotaReady(ctx, t, namespaces.Items)
+	if err != nil {
+		return err
+	}
+
+	t.Status.ObservedGeneration = t.Generation
+	t.Status.Network = tenancy.DefaultNetwork(t)
+	t.Status.Namespaces = names(namespaces.Items, namespaceName)
+	ready := condition{v1alpha1.ConditionReady, true, "Ready", "members, network and quota are in place"}
+	for _, part := range []condition{membersReady, networkReady, quotaReady} {
+		if !part.ok {
+			ready = condition{v1alpha1.ConditionReady, false, part.reason, part.message}
+			break
+		}
+	}
+	setConditions(&t.Status.Conditions, t.Generation, membersReady, networkReady, quotaReady, ready)
+	if err := r.patchStatus(ctx, t, before); err != nil {
+		return fmt.Errorf("write the status: %w", err)
+	}
+	return nil
+}
+
+// ensureNetwork makes the default Network and says how it is.
+func (r *tenantReconciler) ensureNetwork(ctx context.Context, t *v1alpha1.Tenant) (condition, error) {
+	name := tenancy.DefaultNetwork(t)
+	no := func(reason, format string, args ...any) (condition, error) {
+		return condition{v1alpha1.ConditionNetworkReady, false, reason, fmt.Sprintf(format, args...)}, nil
+	}
+	var n v1alpha1.Network
+	err := r.Get(ctx, client.ObjectKey{Name: name}, &n)
+	switch {
+	case apierrors.IsNotFound(err) && t.Spec.Network.Name != "":
+		return no("NetworkNotFound", "the Network %s does not exist: create it with spec.tenant %s", name, t.Name)
+	case apierrors.IsNotFound(err):
+		n = v1alpha1.Network{
+			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: tenancy.ObjectLabels(t.Name)},
+			Spec:       v1alpha1.NetworkSpec{Tenant: t.Name, CIDRs: t.Spec.Network.CIDRs},
+		}
+		if err := r.Create(ctx, &n); err != nil && !apierrors.IsAlreadyExists(err) {
+			return condition{}, fmt.Errorf("create the Network %s: %w", name, err)
+		}
+		return no("NetworkPending", "the Network %s is being made", name)
+	case err != nil:
+		return condition{}, fmt.Errorf("get the Network %s: %w", name, err)
+	case n.Spec.Tenant != t.Name:
+		return no("NetworkOfAnotherTenant", "the Network %s belongs to the Tenant %s: give this Tenant another name, or name an existing Network of its own", name, n.Spec.Tenant)
+	case len(t.Spec.Network.CIDRs) > 0 && !slices.Equal(n.Spec.CIDRs, t.Spec.Network.CIDRs):
+		return no("NetworkDiffers", "the Network %s exists already with the CIDRs %v instead of %v: delete it, or make the Tenant with network.name", name, n.Spec.CIDRs, t.Spec.Network.CIDRs)
+	}
+	if c := apimeta.FindStatusCondition(n.Status.Conditions, v1alpha1.ConditionReady); c == nil {
+		return no("NetworkPending", "the Network %s is being made", name)
+	} else if c.Status != metav1.ConditionTrue {
+		return no(c.Reason, "the Network %s is not ready: %s", name, c.Message)
+	}
+	return condition{v1alpha1.ConditionNetworkReady, true, "NetworkReady", fmt.Sprintf("the Network %s is ready", name)}, nil
+}
+
+// ensureRoles keeps the ClusterRole and the ClusterRoleBindings of the tenant.
+func (r *tenantReconciler) ensureRoles(ctx context.Context, t *v1alpha1.Tenant, disabled tenancy.Disabled) error {
+	var networks v1alpha1.NetworkList
+	if err := r.List(ctx, &networks); err != nil {
+		return fmt.Errorf("list Networks: %w", err)
+	}
+	var own []string
+	for _, n := range networks.Items {
+		if n.Spec.Tenant == t.Name {
+			own = append(own, n.Name)
+		}
+	}
+	role := tenancy.MemberRole(t.Name, own)
+	var have rbacv1.ClusterRole
+	switch err := r.Get(ctx, client.ObjectKeyFromObject(&role), &have); {
+	case apierrors.IsNotFound(err):
+		if err := r.write(ctx, &role, nil); err != nil {
+			return fmt.Errorf("make the ClusterRole %s: %w", role.Name, err)
+		}
+	case err != nil:
+		return fmt.Errorf("get the ClusterRole %s: %w", role.Name, err)
+	case !reflect.DeepEqual(have.Rules, role.Rules):
+		if err := r.write(ctx, &role, &have); err != nil {
+			return fmt.Errorf("make the ClusterRole %s: %w", role.Name, err)
+		}
+	}
+
+	var bindings rbacv1.ClusterRoleBindingList
+	if err := r.List(ctx, &bindings, client.MatchingLabels(tenancy.ObjectLabels(t.Name))); err != nil {
+		return fmt.Errorf("list ClusterRoleBindings: %w", err)
+	}
+	left := map[string]*rbacv1.ClusterRoleBinding{}
+	for i := range bindings.Items {
+		left[bindings.Items[i].Name] = &bindings.Items[i]
+	}
+	for _, want := range tenancy.ClusterRoleBindings(t, disabled) {
+		var known client.Object
+		if have, ok := left[want.Name]; ok {
+			delete(left, want.Name)
+			if reflect.DeepEqual(have.Subjects, want.Subjects) && have.RoleRef == want.RoleRef {
+				continue
+			}
+			known = have
+		}
+		if err := r.write(ctx, &want, known); err != nil {
+			return fmt.Errorf("make the ClusterRoleBinding %s: %w", want.Name, err)
+		}
+	}
+	for name, b := range left {
+		if err := r.remove(ctx, b); err != nil {
+			return fmt.Errorf("delete the ClusterRoleBinding %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// membersReady says whether the namespace reconciler has bound the members in
+// every namespace, and nobody else.
+func (r *tenantReconciler) membersReady(ctx context.Context, t *v1alpha1.Tenant, namespaces []corev1.Namespace, disabled tenancy.Disabled) (condition, error) {
+	var waiting []string
+	for _, ns := range namespaces {
+		if ns.DeletionTimestamp != nil {
+			continue
+		}
+		missing, surplus, err := r.bindingChanges(ctx, ns.Name, tenancy.RoleBindings(t, ns.Name, disabled))
+		if err != nil {
+			return condition{}, err
+		}
+		if len(missing)+len(surplus) > 0 {
+			waiting = append(waiting, ns.Name)
+		}
+	}
+	if len(waiting) > 0 {
+		return condition{v1alpha1.ConditionMembersReady, false, "Binding", "RoleBindings are being brought in step in the namespaces " + some(waiting)}, nil
+	}
+	return condition{v1alpha1.ConditionMembersReady, true, "MembersBound", fmt.Sprintf("%d members are bound in %d namespaces", len(t.Spec.Members), len(namespaces))}, nil
+}
+
+// quotaReady says whether every namespace has the ResourceQuota of spec.quota.hard.
+func (r *tenantReconciler) quotaReady(ctx context.Context, t *v1alpha1.Tenant, namespaces []corev1.Namespace) (condition, error) {
+	var quotas corev1.ResourceQuotaList
+	if err := r.List(ctx, &quotas, client.MatchingLabels(tenancy.ObjectLabels(t.Name))); err != nil {
+		return condition{}, fmt.Errorf("list ResourceQuotas: %w", err)
+	}
+	have := map[string]corev1.ResourceList{}
+	for _, q := range quotas.Items {
+		if q.Name == tenancy.QuotaName {
+			have[q.Namespace] = q.Spec.Hard
+		}
+	}
+	var waiting []string
+	for _, ns := range namespaces {
+		if ns.DeletionTimestamp == nil && !equality.Semantic.DeepEqual(have[ns.Name], t.Spec.Quota.Hard) {
+			waiting = append(waiting, ns.Name)
+		}
+	}
+	if len(waiting) > 0 {
+		return condition{v1alpha1.ConditionQuotaReady, false, "Quota", "spec.quota.hard is not in force yet in the namespaces " + some(waiting) + "; their events tell why if it stays so"}, nil
+	}
+	if limit := t.Spec.Quota.Namespaces; limit != nil && len(namespaces) > int(*limit) {
+		return condition{v1alpha1.ConditionQuotaReady, false, "OverQuota", fmt.Sprintf("the tenant has %d namespaces and may have %d: delete some, or raise spec.quota.namespaces", len(namespaces), *limit)}, nil
+	}
+	return condition{v1alpha1.ConditionQuotaReady, true, "QuotaInForce", "the quota is in force"}, nil
+}
+
+// finalize takes away what was made for the tenant: namespaces, then Networks,
+// then RBAC. Each call goes as far as it can; the watches bring the next one.
+// It asks the API server, not the cache: nothing may be left behind.
+func (r *tenantReconciler) finalize(ctx context.Context, t *v1alpha1.Tenant) error {
+	var namespaces corev1.NamespaceList
+	if err := r.live.List(ctx, &namespaces, client.MatchingLabels{v1alpha1.LabelTenant: t.Name}); err != nil {
+		return fmt.Errorf("list namespaces: %w", err)
+	}
+	for i := range namespaces.Items {
+		if err := r.remove(ctx, &namespaces.Items[i]); err != nil {
+			return fmt.Errorf("delete the namespace %s: %w", namespaces.Items[i].Name, err)
+		}
+	}
+	if len(namespaces.Items) > 0 {
+		return r.waitFor(ctx, t, "Namespaces", "waits for the namespaces "+some(names(namespaces.Items, namespaceName))+" to go")
+	}
+
+	var networks v1alpha1.NetworkList
+	if err := r.live.List(ctx, &networks); err != nil {
+		return fmt.Errorf("list Networks: %w", err)
+	}
+	own := slices.DeleteFunc(networks.Items, func(n v1alpha1.Network) bool { return n.Spec.Tenant != t.Name })
+	for i := range own {
+		if err := r.remove(ctx, &own[i]); err != nil {
+			return fmt.Errorf("delete the Network %s: %w", own[i].Name, err)
+		}
+	}
+	if len(own) > 0 {
+		return r.waitFor(ctx, t, "Networks", "waits for the Networks "+some(names(own, func(n *v1alpha1.Network) string { return n.Name }))+" to go; their own conditions say what each waits for")
+	}
+
+	bindings := []client.Object{}
+	for _, name := range []string{tenancy.MemberRoleName(t.Name), tenancy.CreatorBindingName(t.Name)} {
+		bindings = append(bindings, &rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: name}})
+	}
+	for _, obj := range append(bindings, &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: tenancy.MemberRoleName(t.Name)}}) {
+		if err := client.IgnoreNotFound(r.Delete(ctx, obj)); err != nil {
+			return fmt.Errorf("delete %s: %w", obj.GetName(), err)
+		}
+	}
+	return r.release(ctx, t)
+}
+
+func (r *tenantReconciler) waitFor(ctx context.Context, t *v1alpha1.Tenant, what, message string) error {
+	before := t.DeepCopy()
+	t.Status.ObservedGeneration = t.Generation
+	setConditions(&t.Status.Conditions, t.Generation,
+		condition{v1alpha1.ConditionDeleting, true, "WaitingFor" + what, message},
+		condition{v1alpha1.ConditionReady, false, "Deleting", "the Tenant is being deleted: " + message})
+	return r.patchStatus(ctx, t, before)
+}
+
+// bindingChanges compares the RoleBindings that we keep in a namespace with those
+// that should be there. Missing are also those that differ; surplus are the
+// objects that must go.
+func (o objects) bindingChanges(ctx context.Context, namespace string, want []rbacv1.RoleBinding) (missing []rbacv1.RoleBinding, surplus map[string]*rbacv1.RoleBinding, err error) {
+	var list rbacv1.RoleBindingList
+	if err := o.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabels{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy}); err != nil {
+		return nil, nil, fmt.Errorf("list RoleBindings of %s: %w", namespace, err)
+	}
+	surplus = map[string]*rbacv1.RoleBinding{}
+	for i := range list.Items {
+		surplus[list.Items[i].Name] = &list.Items[i]
+	}
+	for _, w := range want {
+		if have, ok := surplus[w.Name]; ok {
+			same := reflect.DeepEqual(have.Subjects, w.Subjects) && maps.Equal(have.Labels, w.Labels)
+			if have.RoleRef != w.RoleRef {
+				continue // cannot be changed: it stays surplus, and is made anew once it is gone
+			}
+			delete(surplus, w.Name)
+			if same {
+				continue
+			}
+			w.ResourceVersion = have.ResourceVersion
+		}
+		missing = append(missing, w)
+	}
+	return missing, surplus, nil
+}

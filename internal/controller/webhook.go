@@ -1,0 +1,253 @@
+package controller
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	admissionv1 "k8s.io/api/admission/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/utils/clock"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/tenancy"
+)
+
+// promiseTTL is how long an admitted namespace counts that cannot be seen yet. A
+// creation that fails after admission gives its place back when this is over.
+const promiseTTL = 5 * time.Second
+
+// namespaceWebhook puts a namespace into the tenant of the user who creates it.
+// The API server does not call it for operators.
+type namespaceWebhook struct {
+	objects
+	decoder admission.Decoder
+	clock   clock.PassiveClock
+
+	// Two creations at the same moment do not see each other's namespace. What
+	// was admitted counts from then on, or both would get the last place.
+	mu       sync.Mutex
+	promised map[string]promise // by namespace
+}
+
+type promise struct {
+	tenant string
+	until  time.Time
+}
+
+func newNamespaceWebhook(objects objects, decoder admission.Decoder) *namespaceWebhook {
+	return &namespaceWebhook{objects: objects, decoder: decoder, clock: clock.RealClock{}, promised: map[string]promise{}}
+}
+
+// Handle implements admission.Handler.
+func (w *namespaceWebhook) Handle(ctx context.Context, req admission.Request) admission.Response {
+	if req.Operation != admissionv1.Create {
+		return admission.Allowed("")
+	}
+	var ns corev1.Namespace
+	if err := w.decoder.Decode(req, &ns); err != nil {
+		return admission.Errored(http.StatusBadRequest, err)
+	}
+	tenant, refusal, err := w.choose(ctx, req, &ns)
+	switch {
+	case err != nil:
+		return admission.Errored(http.StatusInternalServerError, err)
+	case refusal != nil:
+		return admission.Denied(refusal.Error())
+	}
+	tenancy.Complete(&ns.ObjectMeta, tenant)
+	if ns.Annotations == nil {
+		ns.Annotations = map[string]string{}
+	}
+	ns.Annotations[v1alpha1.AnnotationCreator] = req.UserInfo.Username
+	raw, err := json.Marshal(&ns)
+	if err != nil {
+		return admission.Errored(http.StatusInternalServerError, err)
+	}
+	return admission.PatchResponseFromRaw(req.Object.Raw, raw)
+}
+
+// choose finds the tenant. A refusal is for the user to read; an error is ours.
+func (w *namespaceWebhook) choose(ctx context.Context, req admission.Request, ns *corev1.Namespace) (tenant *v1alpha1.Tenant, refusal, err error) {
+	disabled, err := w.disabled(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	if disabled[req.UserInfo.Username] {
+		return nil, fmt.Errorf("the User %q is disabled: ask an operator to enable it", req.UserInfo.Username), nil
+	}
+	var tenants v1alpha1.TenantList
+	if err := w.List(ctx, &tenants); err != nil {
+		return nil, nil, fmt.Errorf("list Tenants: %w", err)
+	}
+	who := tenancy.Requester{Name: req.UserInfo.Username, Groups: req.UserInfo.Groups}
+	tenant, refusal = tenancy.ChooseTenant(tenants.Items, who, ns.Labels[v1alpha1.LabelTenant])
+	if refusal != nil {
+		return nil, refusal, nil
+	}
+	if refusal := tenancy.CheckRequested(&ns.ObjectMeta); refusal != nil {
+		return nil, refusal, nil
+	}
+	if name := ns.Labels[v1alpha1.LabelNetwork]; name != "" {
+		network, err := w.network(ctx, name)
+		if err != nil {
+			return nil, nil, err
+		}
+		if refusal := tenancy.CheckNetwork(tenant, name, network); refusal != nil {
+			return nil, refusal, nil
+		}
+	}
+	refusal, err = w.reserve(ctx, tenant, req.Name, req.DryRun != nil && *req.DryRun)
+	return tenant, refusal, err
+}
+
+// reserve counts the namespace against the quota.
+func (w *namespaceWebhook) reserve(ctx context.Context, t *v1alpha1.Tenant, namespace string, dryRun bool) (refusal, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var list metav1.PartialObjectMetadataList
+	list.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("NamespaceList"))
+	if err := w.live.List(ctx, &list, client.MatchingLabels{v1alpha1.LabelTenant: t.Name}); err != nil {
+		return nil, fmt.Errorf("list namespaces: %w", err)
+	}
+	now := w.clock.Now()
+	counted := map[string]bool{}
+	for _, ns := range list.Items {
+		counted[ns.Name] = true
+	}
+	for name, p := range w.promised {
+		switch {
+		case now.After(p.until):
+			delete(w.promised, name)
+		case p.tenant == t.Name:
+			counted[name] = true
+		}
+	}
+	if counted[namespace] {
+		return nil, nil // the API server will say that it exists
+	}
+	if refusal := tenancy.CheckQuota(t.Name, "namespaces", len(counted), t.Spec.Quota.Namespaces); refusal != nil {
+		return refusal, nil
+	}
+	if !dryRun {
+		w.promised[namespace] = promise{t.Name, now.Add(promiseTTL)}
+	}
+	return nil, nil
+}
+
+// networkWebhook refuses Networks, and Tenants that would make one, whose
+// addresses the cluster needs itself, and the deletion of a Network in use.
+type networkWebhook struct {
+	objects
+	infrastructure infrastructure
+	decoder        admission.Decoder
+}
+
+// Handle implements admission.Handler.
+func (w *networkWebhook) Handle(ctx context.Context, req admission.Request) admission.Response {
+	var refusal, err error
+	switch {
+	case req.Resource.Resource == "networks" && req.Operation == admissionv1.Delete:
+		refusal, err = w.deleteNetwork(ctx, req.Name)
+	case req.Resource.Resource == "networks" && req.Operation == admissionv1.Create:
+		var n v1alpha1.Network
+		if err := w.decoder.Decode(req, &n); err != nil {
+			return admission.Errored(http.StatusBadRequest, err)
+		}
+		refusal, err = w.createNetwork(ctx, &n)
+	case req.Resource.Resource == "tenants" && req.Operation == admissionv1.Create:
+		var t v1alpha1.Tenant
+		if err := w.decoder.Decode(req, &t); err != nil {
+			return admission.Errored(http.StatusBadRequest, err)
+		}
+		refusal, err = w.createTenant(ctx, &t)
+	}
+	switch {
+	case err != nil:
+		return admission.Errored(http.StatusInternalServerError, err)
+	case refusal != nil:
+		return admission.Denied(refusal.Error())
+	}
+	return admission.Allowed("")
+}
+
+func (w *networkWebhook) createNetwork(ctx context.Context, n *v1alpha1.Network) (refusal, err error) {
+	var t v1alpha1.Tenant
+	switch err := w.live.Get(ctx, client.ObjectKey{Name: n.Spec.Tenant}, &t); {
+	case apierrors.IsNotFound(err):
+		return fmt.Errorf("the Tenant %q does not exist: create it first, or correct spec.tenant", n.Spec.Tenant), nil
+	case err != nil:
+		return nil, fmt.Errorf("get the Tenant: %w", err)
+	case t.DeletionTimestamp != nil:
+		return fmt.Errorf("the Tenant %q is being deleted and takes no new Networks", t.Name), nil
+	}
+	taken, err := w.infrastructure.ranges(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if refusal := tenancy.CheckCIDRs(n.Spec.CIDRs, taken); refusal != nil {
+		return fmt.Errorf("spec.cidrs: %w", refusal), nil
+	}
+	var list v1alpha1.NetworkList
+	if err := w.live.List(ctx, &list); err != nil {
+		return nil, fmt.Errorf("list Networks: %w", err)
+	}
+	have := 0
+	for _, other := range list.Items {
+		if other.Spec.Tenant == t.Name {
+			have++
+		}
+	}
+	return tenancy.CheckQuota(t.Name, "networks", have, t.Spec.Quota.Networks), nil
+}
+
+func (w *networkWebhook) createTenant(ctx context.Context, t *v1alpha1.Tenant) (refusal, err error) {
+	if len(t.Spec.Network.CIDRs) == 0 {
+		return nil, nil
+	}
+	taken, err := w.infrastructure.ranges(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if refusal := tenancy.CheckCIDRs(t.Spec.Network.CIDRs, taken); refusal != nil {
+		return fmt.Errorf("spec.network.cidrs: %w", refusal), nil
+	}
+	n, err := w.network(ctx, tenancy.DefaultNetwork(t))
+	if err != nil {
+		return nil, err
+	}
+	if n != nil && n.Spec.Tenant != t.Name {
+		return fmt.Errorf("a Network %q of the Tenant %q exists already, and this Tenant's default Network would have the same name: give the Tenant another name", n.Name, n.Spec.Tenant), nil
+	}
+	return nil, nil
+}
+
+func (w *networkWebhook) deleteNetwork(ctx context.Context, name string) (refusal, err error) {
+	var namespaces corev1.NamespaceList
+	if err := w.live.List(ctx, &namespaces, client.MatchingLabels{v1alpha1.LabelNetwork: name}); err != nil {
+		return nil, fmt.Errorf("list namespaces: %w", err)
+	}
+	if len(namespaces.Items) > 0 {
+		return fmt.Errorf("the Network %q is in use by the namespaces %s: delete those first", name, some(names(namespaces.Items, namespaceName))), nil
+	}
+	return nil, nil
+}
+
+// network is nil if there is none of that name.
+func (o objects) network(ctx context.Context, name string) (*v1alpha1.Network, error) {
+	var n v1alpha1.Network
+	if err := o.live.Get(ctx, client.ObjectKey{Name: name}, &n); err != nil {
+		if apierrors.IsNotFound(err) {
+			return nil, nil
+		}
+		return nil, fmt.Errorf("get the Network %s: %w", name, err)
+	}
+	return &n, nil
+}
