@@ -24,13 +24,15 @@ var errReported = errors.New("reported")
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := newRoot().ExecuteContext(ctx); err != nil {
-		if !errors.Is(err, errReported) {
-			fmt.Fprintln(os.Stderr, "h8s:", err)
-		}
-		os.Exit(1)
+	err := newRoot().ExecuteContext(ctx)
+	stop()
+	if err == nil {
+		return
 	}
+	if !errors.Is(err, errReported) {
+		fmt.Fprintln(os.Stderr, "h8s:", err)
+	}
+	os.Exit(1)
 }
 
 func newRoot() *cobra.Command {

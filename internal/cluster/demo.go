@@ -54,7 +54,9 @@ func (b *bringUp) makeDemo(ctx context.Context) error {
 	}
 	for _, t := range demoTenants {
 		for _, object := range t.operatorObjects() {
-			if err := ensureObject(ctx, operator, object); err != nil {
+			// The webhooks of a cluster that starts again may not be there yet.
+			err := poll(ctx, 100*time.Millisecond, func() error { return ensureObject(ctx, operator, object) })
+			if err != nil {
 				return err
 			}
 		}

@@ -73,11 +73,12 @@ func (f *forwarder) upstreams() ([]string, error) {
 
 // serve answers at the given address over UDP and TCP until the context ends.
 func (f *forwarder) serve(ctx context.Context, address netip.AddrPort) error {
-	packets, err := net.ListenPacket("udp", address.String())
+	var listen net.ListenConfig
+	packets, err := listen.ListenPacket(ctx, "udp", address.String())
 	if err != nil {
 		return fmt.Errorf("listen for DNS queries: %w", err)
 	}
-	listener, err := net.Listen("tcp", address.String())
+	listener, err := listen.Listen(ctx, "tcp", address.String())
 	if err != nil {
 		packets.Close()
 		return fmt.Errorf("listen for DNS queries: %w", err)

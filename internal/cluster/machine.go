@@ -22,16 +22,16 @@ func diagnoseMachine(ctx context.Context, binDir string) []Check {
 		verdict("programs", "in "+binDir, "", checkPrograms(binDir)),
 		verdict("tools", "nft, mount, cp", "apt-get install nftables mount coreutils", checkTools()),
 		verdict("cgroups", "", "mount cgroup2 at /sys/fs/cgroup, with the controllers cpu, cpuset, memory and pids", checkCgroups()),
-		verdict("memory", "", "use a machine with 3 GiB of memory or more", checkMemory()).atMost(CheckWarn),
-		verdict("disk", "", "make room below "+filepath.Dir(StateRoot), checkDisk()).atMost(CheckWarn),
-		verdict("resolvers", "", "pass --resolver to `h8s up`", checkResolvers()).atMost(CheckWarn),
-		verdict("bridged packets", "not filtered", "accept 172.30.0.0/16 in its forward chain, or sysctl net.bridge.bridge-nf-call-iptables=0", checkBridgeFilter(ctx)).atMost(CheckWarn),
+		verdict("memory", "", "use a machine with 3 GiB of memory or more", checkMemory()).warning(),
+		verdict("disk", "", "make room below "+filepath.Dir(StateRoot), checkDisk()).warning(),
+		verdict("resolvers", "", "pass --resolver to `h8s up`", checkResolvers()).warning(),
+		verdict("bridged packets", "not filtered", "accept 172.30.0.0/16 in its forward chain, or sysctl net.bridge.bridge-nf-call-iptables=0", checkBridgeFilter(ctx)).warning(),
 	}
 	for _, path := range []string{"/dev/kmsg", "/dev/net/tun", "/dev/fuse"} {
 		_, err := os.Stat(path)
 		check := verdict(path, "", "load the kernel module, or give this container the device", err)
 		if path != "/dev/kmsg" { // kubelet does not start without it
-			check = check.atMost(CheckWarn)
+			check = check.warning()
 		}
 		checks = append(checks, check)
 	}
@@ -46,10 +46,10 @@ func verdict(name, detail, fix string, err error) Check {
 	return Check{name, CheckFail, err.Error(), fix}
 }
 
-// atMost makes a failure a warning.
-func (c Check) atMost(s CheckStatus) Check {
+// warning makes a failure a warning.
+func (c Check) warning() Check {
 	if c.Status == CheckFail {
-		c.Status = s
+		c.Status = CheckWarn
 	}
 	return c
 }
@@ -129,8 +129,11 @@ func checkResolvers() error {
 // nothing by default (as Docker's) drops what nodes say to each other.
 func checkBridgeFilter(ctx context.Context) error {
 	data, err := os.ReadFile("/proc/sys/net/bridge/bridge-nf-call-iptables")
-	if err != nil || strings.TrimSpace(string(data)) != "1" {
+	if errors.Is(err, os.ErrNotExist) || strings.TrimSpace(string(data)) == "0" {
 		return nil
+	}
+	if err != nil {
+		return err
 	}
 	rules, err := exec.CommandContext(ctx, "nft", "list", "ruleset").Output()
 	if err != nil {

@@ -255,6 +255,12 @@ const runscConfig = `log_path = "/var/log/h8s/runsc/%ID%.log"
 
 [runsc_config]
   platform = "systrap"
+  network = "sandbox"
+  # ping and traceroute; a forged source is dropped outside the sandbox, by the portal.
+  net-raw = "true"
+  # Nothing of the host is to be had in the sandbox.
+  host-uds = "none"
+  host-fifo = "none"
 `
 
 // defaultNetwork is where pods of no tenant live: upstream's plugins, reached from

@@ -107,15 +107,16 @@ func (c *Config) fillNodes(ctx context.Context, s *Status) error {
 	return nil
 }
 
-// nodePID finds a node's init: the process of the node's cgroup that is PID 1
-// inside.
+// nodePID finds a node's init: of the processes in the node's cgroup the one that
+// is PID 1 one PID namespace further in. Sandboxes have a PID 1 further in still.
 func nodePID(cluster, node string) int {
 	pids, err := cgroupProcesses(nodeCgroup(cluster, node) + "/system")
 	if err != nil {
 		return 0
 	}
+	depth := len(namespacedPIDs(os.Getpid()))
 	for _, pid := range pids {
-		if nsPIDs := namespacedPIDs(pid); len(nsPIDs) >= 2 && nsPIDs[len(nsPIDs)-1] == "1" {
+		if nsPIDs := namespacedPIDs(pid); len(nsPIDs) == depth+1 && nsPIDs[depth] == "1" {
 			return pid
 		}
 	}

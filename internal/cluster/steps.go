@@ -13,9 +13,10 @@ import (
 // step is one part of a longer job that a person watches.
 type step struct {
 	name string
-	// log is the file to look into when the step fails.
-	log string
-	run func(ctx context.Context) error
+	// logs are the files to look into when the step fails; the first that says
+	// anything is shown.
+	logs []string
+	run  func(ctx context.Context) error
 }
 
 const logTail = 20
@@ -37,8 +38,11 @@ func runSteps(ctx context.Context, out io.Writer, terminal bool, steps []step) e
 			continue
 		}
 		fmt.Fprintf(out, "  ✗ %-28s %5.1fs\n", s.name, elapsed)
-		if tail := tailOf(s.log, logTail); tail != "" {
-			fmt.Fprintf(out, "\n%s ends with:\n%s\n", s.log, tail)
+		for _, log := range s.logs {
+			if tail := tailOf(log, logTail); tail != "" {
+				fmt.Fprintf(out, "\n%s ends with:\n%s\n", log, tail)
+				break
+			}
 		}
 		return fmt.Errorf("%s: %w", s.name, err)
 	}
@@ -70,9 +74,6 @@ func showElapsed(out io.Writer, name string, began time.Time) (stop func()) {
 
 // tailOf returns the last lines of a file, or nothing if it cannot be read.
 func tailOf(path string, lines int) string {
-	if path == "" {
-		return ""
-	}
 	f, err := os.Open(path)
 	if err != nil {
 		return ""

@@ -17,9 +17,9 @@ func TestRunSteps(t *testing.T) {
 	}
 	ran := ""
 	steps := []step{
-		{"first", "", func(context.Context) error { ran += "1"; return nil }},
-		{"second", log, func(context.Context) error { ran += "2"; return errors.New("broken") }},
-		{"third", "", func(context.Context) error { ran += "3"; return nil }},
+		{"first", nil, func(context.Context) error { ran += "1"; return nil }},
+		{"second", []string{log + ".missing", log, "/etc/passwd"}, func(context.Context) error { ran += "2"; return errors.New("broken") }},
+		{"third", nil, func(context.Context) error { ran += "3"; return nil }},
 	}
 	for name, terminal := range map[string]bool{"terminal": true, "pipe": false} {
 		t.Run(name, func(t *testing.T) {

@@ -95,12 +95,9 @@ func Supervise(ctx context.Context, name string, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	lock, held, err := lockFile(c.state().supervisorLock())
+	lock, err := c.becomeSupervisor(ctx)
 	if err != nil {
-		return fmt.Errorf("lock %s: %w", c.state().supervisorLock(), err)
-	}
-	if held {
-		return fmt.Errorf("cluster %q has a supervisor already", name)
+		return err
 	}
 	defer lock.Close()
 	// First of all: `h8s down` finds the processes of a cluster by cgroup.
@@ -129,6 +126,22 @@ func Supervise(ctx context.Context, name string, log *slog.Logger) error {
 	}
 	wg.Wait()
 	return context.Cause(ctx)
+}
+
+// becomeSupervisor takes the lock that only one supervisor of a cluster has. It
+// tries for a while, because whoever looks whether there is one holds it for a moment.
+func (c *Config) becomeSupervisor(ctx context.Context) (lock *os.File, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	err = poll(ctx, 20*time.Millisecond, func() error {
+		f, held, err := lockFile(c.state().supervisorLock())
+		if err == nil && held {
+			err = fmt.Errorf("cluster %q has a supervisor already", c.Name)
+		}
+		lock = f
+		return err
+	})
+	return lock, err
 }
 
 // keepNode runs a node's init again and again.
@@ -185,8 +198,12 @@ func runNode(ctx context.Context, c *Config, n Node, bridge netlink.Link, log *s
 		return fmt.Errorf("start node init: %w", err)
 	}
 	log.Info("node init started", "pid", cmd.Process.Pid)
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
+	var exit error
+	ended := make(chan struct{})
+	go func() {
+		exit = cmd.Wait()
+		close(ended)
+	}()
 	stop := func() {
 		_ = cmd.Process.Kill() // and with it everything in its PID namespace
 		<-ended
@@ -204,8 +221,8 @@ func runNode(ctx context.Context, c *Config, n Node, bridge netlink.Link, log *s
 		return fmt.Errorf("send request to node init: %w", err)
 	}
 	select {
-	case err := <-ended:
-		return err
+	case <-ended:
+		return exit
 	case <-ctx.Done():
 		stop()
 		return ctx.Err()

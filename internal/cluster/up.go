@@ -232,18 +232,22 @@ type bringUp struct {
 }
 
 func (b *bringUp) steps() []step {
-	first := b.Nodes[0].Name
+	// A node that does not boot has the log of its init and no other.
+	logs := func(program string) []string {
+		first := b.Nodes[0].Name
+		return []string{b.state().programLog(first, program), b.state().programLog(first, "init"), b.state().supervisorLog()}
+	}
 	steps := []step{
-		{"start network", b.state().supervisorLog(), b.startNetwork},
-		{"start control plane", b.state().programLog(first, "kube-apiserver"), b.startControlPlane},
-		{"start nodes", b.state().programLog(first, "kubelet"), b.startNodes},
-		{"load images", b.state().programLog(first, "containerd"), b.loadImages},
-		{"start controllers", b.state().programLog(first, "kube-controller-manager"), b.startControllers},
+		{"start network", []string{b.state().supervisorLog()}, b.startNetwork},
+		{"start control plane", logs("kube-apiserver"), b.startControlPlane},
+		{"start nodes", logs("kubelet"), b.startNodes},
+		{"load images", logs("containerd"), b.loadImages},
+		{"start controllers", logs("kube-controller-manager"), b.startControllers},
 	}
 	if b.opts.Product {
-		steps = append(steps, step{"install hypernetes", b.state().path("log", "helm.log"), b.installChart})
+		steps = append(steps, step{"install hypernetes", []string{b.state().path("log", "helm.log")}, b.installChart})
 		if b.opts.Demo {
-			steps = append(steps, step{"make demo tenants", "", b.makeDemo})
+			steps = append(steps, step{"make demo tenants", nil, b.makeDemo})
 		}
 	}
 	return steps
@@ -279,14 +283,27 @@ func (b *bringUp) startNetwork(ctx context.Context) error {
 	return startSupervisor(ctx, b.Config)
 }
 
-func (b *bringUp) startControlPlane(ctx context.Context) error {
+// await polls until f succeeds, as long as there is hope: while the supervisor
+// runs, and for three minutes at most.
+func (b *bringUp) await(ctx context.Context, f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
+	return poll(ctx, 100*time.Millisecond, func() error {
+		running, err := b.running()
+		if err == nil && !running {
+			cancel()
+			return fmt.Errorf("the supervisor has ended: %s says why", b.state().supervisorLog())
+		}
+		return errors.Join(err, f(ctx))
+	})
+}
+
+func (b *bringUp) startControlPlane(ctx context.Context) error {
 	client, err := b.client()
 	if err != nil {
 		return err
 	}
-	err = poll(ctx, 100*time.Millisecond, func() error {
+	err = b.await(ctx, func(ctx context.Context) error {
 		_, err := client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
 		return err
 	})
@@ -312,8 +329,6 @@ func (b *bringUp) allowKubeletCalls(ctx context.Context, client kubernetes.Inter
 }
 
 func (b *bringUp) startNodes(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
-	defer cancel()
 	client, err := b.client()
 	if err != nil {
 		return err
@@ -324,7 +339,7 @@ func (b *bringUp) startNodes(ctx context.Context) error {
 			return err
 		}
 		// The Node object is there once its kubelet has registered.
-		err = poll(ctx, 100*time.Millisecond, func() error {
+		err = b.await(ctx, func(ctx context.Context) error {
 			_, err := client.CoreV1().Nodes().Patch(ctx, n.Name, types.StrategicMergePatchType, patch, metav1.PatchOptions{})
 			return err
 		})
@@ -332,7 +347,7 @@ func (b *bringUp) startNodes(ctx context.Context) error {
 			return fmt.Errorf("node %s does not register, see %s: %w", n.Name, b.state().programLog(n.Name, "kubelet"), err)
 		}
 	}
-	return poll(ctx, 100*time.Millisecond, func() error {
+	return b.await(ctx, func(ctx context.Context) error {
 		return errors.Join(b.nodesReady(ctx, client), b.nodesAlive(ctx, client))
 	})
 }
@@ -340,13 +355,11 @@ func (b *bringUp) startNodes(ctx context.Context) error {
 // startControllers waits for a sign of kube-controller-manager: the ServiceAccount
 // without which no pod can be created.
 func (b *bringUp) startControllers(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
-	defer cancel()
 	client, err := b.client()
 	if err != nil {
 		return err
 	}
-	return poll(ctx, 100*time.Millisecond, func() error {
+	return b.await(ctx, func(ctx context.Context) error {
 		_, err := client.CoreV1().ServiceAccounts(metav1.NamespaceDefault).Get(ctx, "default", metav1.GetOptions{})
 		return err
 	})
