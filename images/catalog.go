@@ -73,8 +73,12 @@ func busyboxTree(ctx context.Context) (tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, needed, err := linkage(source); err != nil || len(needed) > 0 {
-		return nil, fmt.Errorf("%s needs the libraries %q (%v), a static one is wanted: %s", source, needed, err, missing)
+	_, needed, err := linkage(source)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s", err, missing)
+	}
+	if len(needed) > 0 {
+		return nil, fmt.Errorf("%s needs the libraries %q, a static one is wanted: %s", source, needed, missing)
 	}
 	applets, err := exec.CommandContext(ctx, source, "--list-full").Output()
 	if err != nil {

@@ -35,11 +35,19 @@ func main() {
 		names = all
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	var failed error
+	failed := buildAll(ctx, names, *bin, *out)
+	stop()
+	if failed != nil {
+		fmt.Fprintln(os.Stderr, failed)
+		os.Exit(1)
+	}
+}
+
+// buildAll builds what it can, and tells at the end what it could not.
+func buildAll(ctx context.Context, names []string, bin, out string) (failed error) {
 	for _, n := range names {
 		start := time.Now()
-		written, err := build(ctx, n, *bin, *out)
+		written, err := build(ctx, n, bin, out)
 		if err != nil {
 			failed = errors.Join(failed, fmt.Errorf("image %s: %w", n, err))
 			continue
@@ -50,10 +58,7 @@ func main() {
 		}
 		fmt.Printf("  image %-28s %4.0fs  %s\n", n, time.Since(start).Seconds(), state)
 	}
-	if failed != nil {
-		fmt.Fprintln(os.Stderr, failed)
-		os.Exit(1)
-	}
+	return failed
 }
 
 // build makes the archive of one image and reports whether it was written.

@@ -68,11 +68,11 @@ func loadConfig(file string) (*libcni.NetworkConfigList, error) {
 	if filepath.Ext(file) == ".conflist" {
 		return libcni.NetworkConfFromFile(file)
 	}
-	conf, err := libcni.ConfFromFile(file)
+	conf, err := libcni.ConfFromFile(file) //nolint:staticcheck // container runtimes still read the single-plugin format, and so must we
 	if err != nil {
 		return nil, err
 	}
-	return libcni.ConfListFromConf(conf)
+	return libcni.ConfListFromConf(conf) //nolint:staticcheck // as above
 }
 
 func (d delegate) add(ctx context.Context) (types.Result, error) {

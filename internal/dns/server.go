@@ -191,10 +191,10 @@ func (s *Server) Serve(ctx context.Context, pc net.PacketConn, l net.Listener) e
 		running--
 	}
 	// Closing ends a server also if it has not quite begun.
-	pc.Close()
-	l.Close()
+	_ = pc.Close()
+	_ = l.Close()
 	for range running {
-		<-ended
+		_ = <-ended
 	}
 	for _, srv := range servers {
 		// Connections that are open still; an answer under way may end first.
@@ -203,7 +203,7 @@ func (s *Server) Serve(ctx context.Context, pc net.PacketConn, l net.Listener) e
 		cancel()
 	}
 	if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-		return nil
+		err = nil // asked to end
 	}
 	return err
 }

@@ -264,7 +264,7 @@ func TestForgeries(t *testing.T) {
 	box := w.a1.inbox("0.0.0.0:5000")
 	to := netip.MustParseAddrPort("10.0.0.17:5000")
 	genuine := udpPacket(netip.MustParseAddrPort("10.0.0.18:7"), to, []byte("genuine"))
-	src := func(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
+	src := netip.MustParseAddrPort
 
 	// A packet of acme's remote pod, wrapped for the overlay.
 	inner := append(append(append([]byte{}, macOf(n1.ip)...), macOf(n2.ip)...), 8, 0)
