@@ -5,9 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 )
 
 const (
@@ -43,12 +43,11 @@ func Conflist(socket, confDir string) ([]byte, error) {
 // InstallPlugin copies the program h8s-cni into dir, in one step: a container
 // runtime that executes it meanwhile gets the old one or the new one.
 func InstallPlugin(source, dir string) error {
-	f, err := os.Open(source)
+	data, err := os.ReadFile(source)
 	if err != nil {
 		return fmt.Errorf("install %s: %w", pluginType, err)
 	}
-	defer f.Close()
-	if err := install(filepath.Join(dir, pluginType), 0o755, f); err != nil {
+	if err := install(filepath.Join(dir, pluginType), 0o755, data); err != nil {
 		return fmt.Errorf("install %s: %w", pluginType, err)
 	}
 	return nil
@@ -61,11 +60,7 @@ func InstallConflist(dir, socket string) error {
 	if err != nil {
 		return fmt.Errorf("install %s: %w", ConflistName, err)
 	}
-	path := filepath.Join(dir, ConflistName)
-	if old, err := os.ReadFile(path); err == nil && string(old) == string(data) {
-		return nil // the runtime reloads its configuration on every change
-	}
-	if err := install(path, 0o644, bytes.NewReader(data)); err != nil {
+	if err := install(filepath.Join(dir, ConflistName), 0o644, data); err != nil {
 		return fmt.Errorf("install %s: %w", ConflistName, err)
 	}
 	return nil
@@ -83,10 +78,19 @@ func Uninstall(binDir, confDir string) error {
 	return errors.Join(errs...)
 }
 
-func install(path string, mode os.FileMode, content io.Reader) (err error) {
+// install does nothing if the file is right already: the runtime reloads its
+// configuration on every change.
+func install(path string, mode os.FileMode, content []byte) (err error) {
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, content) {
+		return os.Chmod(path, mode)
+	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
+	// A child started meanwhile would inherit the open file for a moment, and
+	// nobody can execute a program that is open for writing.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	// The dot and the lack of a suffix keep it out of the runtime's sight.
 	f, err := os.CreateTemp(filepath.Dir(path), ".h8s-*")
 	if err != nil {
@@ -97,7 +101,7 @@ func install(path string, mode os.FileMode, content io.Reader) (err error) {
 			os.Remove(f.Name())
 		}
 	}()
-	_, err = io.Copy(f, content)
+	_, err = f.Write(content)
 	if err == nil {
 		err = f.Chmod(mode)
 	}

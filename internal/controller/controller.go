@@ -233,4 +233,3 @@ func names[T any](items []T, name func(*T) string) []string {
 }
 
 func namespaceName(n *corev1.Namespace) string { return n.Name }
-

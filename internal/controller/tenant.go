@@ -81,7 +81,7 @@ func (r *tenantReconciler) ensure(ctx context.Context, t *v1alpha1.Tenant) error
 	if err != nil {
 		return err
 	}
-	if err := r.ensureRoles(ctx, t, disabled); err != nil {
+	if err := r.ensureRoles(ctx, t, names(namespaces.Items, namespaceName), disabled); err != nil {
 		return err
 	}
 	membersReady, err := r.membersReady(ctx, t, namespaces.Items, disabled)
@@ -146,7 +146,7 @@ func (r *tenantReconciler) ensureNetwork(ctx context.Context, t *v1alpha1.Tenant
 }
 
 // ensureRoles keeps the ClusterRole and the ClusterRoleBindings of the tenant.
-func (r *tenantReconciler) ensureRoles(ctx context.Context, t *v1alpha1.Tenant, disabled tenancy.Disabled) error {
+func (r *tenantReconciler) ensureRoles(ctx context.Context, t *v1alpha1.Tenant, namespaces []string, disabled tenancy.Disabled) error {
 	var networks v1alpha1.NetworkList
 	if err := r.List(ctx, &networks); err != nil {
 		return fmt.Errorf("list Networks: %w", err)
@@ -157,7 +157,7 @@ func (r *tenantReconciler) ensureRoles(ctx context.Context, t *v1alpha1.Tenant, 
 			own = append(own, n.Name)
 		}
 	}
-	role := tenancy.MemberRole(t.Name, own)
+	role := tenancy.MemberRole(t.Name, own, namespaces)
 	var have rbacv1.ClusterRole
 	switch err := r.Get(ctx, client.ObjectKeyFromObject(&role), &have); {
 	case apierrors.IsNotFound(err):

@@ -194,7 +194,7 @@ func (s *Server) Serve(ctx context.Context, pc net.PacketConn, l net.Listener) e
 	_ = pc.Close()
 	_ = l.Close()
 	for range running {
-		_ = <-ended
+		<-ended //nolint:errcheck // it ended because its socket was closed
 	}
 	for _, srv := range servers {
 		// Connections that are open still; an answer under way may end first.

@@ -66,19 +66,29 @@ func RoleBindings(t *v1alpha1.Tenant, namespace string, disabled Disabled) []rba
 	return bindings
 }
 
-// MemberRole lets the tenant's members read their own Tenant and the named
-// Networks, and no others: its rules carry resource names.
-func MemberRole(tenant string, networks []string) rbacv1.ClusterRole {
-	read := []string{"get", "list", "watch"}
-	rules := []rbacv1.PolicyRule{{APIGroups: []string{v1alpha1.GroupVersion.Group}, Resources: []string{"tenants"}, ResourceNames: []string{tenant}, Verbs: read}}
-	if len(networks) > 0 { // without names the rule would mean all of them
-		networks = slices.Sorted(slices.Values(networks))
-		rules = append(rules, rbacv1.PolicyRule{APIGroups: []string{v1alpha1.GroupVersion.Group}, Resources: []string{"networks"}, ResourceNames: networks, Verbs: read})
+// MemberRole lets the tenant's members read their own Tenant, the named Networks
+// and the named namespaces, and no others: its rules carry resource names. In a
+// namespace the members may get it anyway; watching it, too, is what `kubectl
+// delete namespace` and `kubectl wait` do.
+func MemberRole(tenant string, networks, namespaces []string) rbacv1.ClusterRole {
+	role := rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: MemberRoleName(tenant), Labels: ObjectLabels(tenant)}}
+	for _, of := range []struct {
+		group, resource string
+		names           []string
+	}{
+		{v1alpha1.GroupVersion.Group, "tenants", []string{tenant}},
+		{v1alpha1.GroupVersion.Group, "networks", networks},
+		{"", "namespaces", namespaces},
+	} {
+		if len(of.names) == 0 { // the rule would mean all of them
+			continue
+		}
+		role.Rules = append(role.Rules, rbacv1.PolicyRule{
+			APIGroups: []string{of.group}, Resources: []string{of.resource},
+			ResourceNames: slices.Sorted(slices.Values(of.names)), Verbs: []string{"get", "list", "watch"},
+		})
 	}
-	return rbacv1.ClusterRole{
-		ObjectMeta: metav1.ObjectMeta{Name: MemberRoleName(tenant), Labels: ObjectLabels(tenant)},
-		Rules:      rules,
-	}
+	return role
 }
 
 // ClusterRoleBindings are what the tenant's members have outside their

@@ -11,7 +11,6 @@ import (
 	"context"
 	"flag"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -135,13 +134,10 @@ func hostState() string {
 	return b.String()
 }
 
-// serveOutsideDNS plays the host's resolver.
+// serveOutsideDNS plays the host's resolver, over UDP and TCP. Another run of
+// these tests, on another cluster, may do so at the same time.
 func serveOutsideDNS() (stop func(), err error) {
-	pc, err := net.ListenPacket("udp", outsideDNS)
-	if err != nil {
-		return nil, fmt.Errorf("the test's resolver: %w", err)
-	}
-	srv := &dns.Server{PacketConn: pc, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+	handler := dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
 		r := new(dns.Msg).SetReply(q)
 		if len(q.Question) == 1 && strings.EqualFold(q.Question[0].Name, outsideName+".") {
 			if q.Question[0].Qtype == dns.TypeA {
@@ -154,7 +150,29 @@ func serveOutsideDNS() (stop func(), err error) {
 			r.Rcode = dns.RcodeNameError
 		}
 		_ = w.WriteMsg(r)
-	})}
-	go func() { _ = srv.ActivateAndServe() }()
-	return func() { _ = srv.Shutdown() }, nil
+	})
+	var servers []*dns.Server
+	stop = func() {
+		for _, srv := range servers {
+			_ = srv.Shutdown()
+		}
+	}
+	for _, network := range []string{"udp", "tcp"} {
+		started := make(chan error, 1)
+		srv := &dns.Server{Addr: outsideDNS, Net: network, ReusePort: true, Handler: handler, NotifyStartedFunc: func() { started <- nil }}
+		go func() {
+			if err := srv.ListenAndServe(); err != nil {
+				select {
+				case started <- err:
+				default: // it had started
+				}
+			}
+		}()
+		if err := <-started; err != nil {
+			stop()
+			return nil, fmt.Errorf("the test's resolver: %w", err)
+		}
+		servers = append(servers, srv)
+	}
+	return stop, nil
 }
