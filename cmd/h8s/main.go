@@ -11,7 +11,9 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"github.com/go-logr/logr"
 	"github.com/spf13/cobra"
+	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 
 	"h8s.io/hypernetes/internal/cluster"
 )
@@ -23,6 +25,8 @@ var version = "dev"
 var errReported = errors.New("reported")
 
 func main() {
+	// What goes wrong is in the errors that come back; the client's own log is not for this terminal.
+	ctrllog.SetLogger(logr.Discard())
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := newRoot().ExecuteContext(ctx)
 	stop()
