@@ -15,7 +15,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types040 "github.com/containernetworking/cni/pkg/types/040"
@@ -433,10 +432,16 @@ func TestServeFinishesRequests(t *testing.T) {
 	<-begun
 	cancel()
 	<-gone
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		r.stopAgent()
+	}()
 	close(release)
+	<-stopped
 	select {
 	case <-finished:
-	case <-time.After(10 * time.Second):
+	default:
 		t.Fatal("the request was cut off")
 	}
 }

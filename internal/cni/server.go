@@ -3,7 +3,6 @@ package cni
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -55,17 +54,20 @@ func Serve(ctx context.Context, l net.Listener, handle Handler, log *slog.Logger
 		WriteTimeout:      requestTimeout,
 		IdleTimeout:       time.Minute,
 	}
+	finished := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
+		defer close(finished)
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
 		if server.Shutdown(grace) != nil {
 			server.Close()
 		}
 	})
-	defer stop()
-	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serve CNI requests: %w", err)
+	err := server.Serve(l)
+	if stop() {
+		return fmt.Errorf("serve CNI requests: %w", err) // not because ctx is done
 	}
+	<-finished
 	return nil
 }
 
@@ -79,8 +81,9 @@ func serverHandler(handle Handler, log *slog.Logger) http.Handler {
 		log := log.With("verb", request.Verb, "container", request.ContainerID, "pod", request.Pod.Namespace+"/"+request.Pod.Name)
 		start := time.Now()
 		// The container runtime may give up, yet what was begun is finished: DEL
-		// comes next in any case, and waits for it.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), requestTimeout)
+		// comes next in any case, and waits for it. The reason of a timeout should
+		// still reach the caller.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), requestTimeout-5*time.Second)
 		defer cancel()
 		answer, err := handle(ctx, request)
 		w.Header().Set("Content-Type", "application/json")
