@@ -73,10 +73,10 @@ func newCaches(c clients, node string) (*caches, error) {
 	core, discovery, networking := c.core.CoreV1().RESTClient(), c.core.DiscoveryV1().RESTClient(), c.core.NetworkingV1().RESTClient()
 	all := fields.Everything()
 	var errs []error
-	make := func(client rest.Interface, resource string, selector fields.Selector, object runtime.Object, trim func(any), indexers cache.Indexers) cache.SharedIndexInformer {
+	informer := func(client rest.Interface, resource string, selector fields.Selector, object runtime.Object, trim func(any), indexers cache.Indexers) cache.SharedIndexInformer {
 		lw := cache.NewListWatchFromClient(client, resource, metav1.NamespaceAll, selector)
-		informer := cache.NewSharedIndexInformer(lw, object, 0, indexers)
-		err := informer.SetTransform(func(obj any) (any, error) {
+		i := cache.NewSharedIndexInformer(lw, object, 0, indexers)
+		err := i.SetTransform(func(obj any) (any, error) {
 			if m, ok := obj.(metav1.ObjectMetaAccessor); ok {
 				trimMeta(m.GetObjectMeta())
 			}
@@ -86,20 +86,20 @@ func newCaches(c clients, node string) (*caches, error) {
 		if err != nil {
 			errs = append(errs, err)
 		}
-		return informer
+		return i
 	}
 	namespaceIndex := cache.Indexers{byNamespace: cache.MetaNamespaceIndexFunc}
 	caches := &caches{
-		nodes:      make(core, "nodes", all, &corev1.Node{}, trimNode, nil),
-		namespaces: make(core, "namespaces", all, &corev1.Namespace{}, trimNamespace, cache.Indexers{byNetwork: namespaceNetwork}),
-		pods: make(core, "pods", fields.OneTermEqualSelector("spec.nodeName", node), &corev1.Pod{}, trimPod, cache.Indexers{
+		nodes:      informer(core, "nodes", all, &corev1.Node{}, trimNode, nil),
+		namespaces: informer(core, "namespaces", all, &corev1.Namespace{}, trimNamespace, cache.Indexers{byNetwork: namespaceNetwork}),
+		pods: informer(core, "pods", fields.OneTermEqualSelector("spec.nodeName", node), &corev1.Pod{}, trimPod, cache.Indexers{
 			byUID: podUIDs,
 		}),
-		services:       make(core, "services", all, &corev1.Service{}, trimService, namespaceIndex),
-		endpointSlices: make(discovery, "endpointslices", all, &discoveryv1.EndpointSlice{}, trimEndpointSlice, namespaceIndex),
-		serviceCIDRs:   make(networking, "servicecidrs", all, &networkingv1.ServiceCIDR{}, func(any) {}, nil),
-		networks:       make(c.h8s, "networks", all, &v1alpha1.Network{}, trimNetwork, nil),
-		blocks:         make(c.h8s, "blocks", all, &v1alpha1.Block{}, func(any) {}, cache.Indexers{byNetwork: blockNetwork}),
+		services:       informer(core, "services", all, &corev1.Service{}, trimService, namespaceIndex),
+		endpointSlices: informer(discovery, "endpointslices", all, &discoveryv1.EndpointSlice{}, trimEndpointSlice, namespaceIndex),
+		serviceCIDRs:   informer(networking, "servicecidrs", all, &networkingv1.ServiceCIDR{}, func(any) {}, nil),
+		networks:       informer(c.h8s, "networks", all, &v1alpha1.Network{}, trimNetwork, nil),
+		blocks:         informer(c.h8s, "blocks", all, &v1alpha1.Block{}, func(any) {}, cache.Indexers{byNetwork: blockNetwork}),
 	}
 	if len(errs) > 0 {
 		return nil, fmt.Errorf("make informers: %w", errs[0])

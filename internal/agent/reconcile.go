@@ -160,7 +160,7 @@ func (a *Agent) ensurePortal(ctx context.Context, l *localNetwork, n *v1alpha1.N
 		}
 		l.applied, l.verified = &spec, time.Now()
 	}
-	return a.ensureNames(l, n.Name, s)
+	return a.ensureNames(l, n.Name, s) //nolint:contextcheck // the name server lives as long as the portal, not as long as this look at it
 }
 
 // ensureNames needs l locked.
