@@ -1,0 +1,319 @@
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// TestBadInput applies what is wrong, and expects a sentence that says what to change.
+func TestBadInput(t *testing.T) {
+	tenantSpec := func(spec string) string {
+		return fmt.Sprintf("{apiVersion: h8s.io/v1alpha1, kind: Tenant, metadata: {name: bad}, spec: {%s}}", spec)
+	}
+	const good = `network: {cidrs: ["10.0.0.0/16"]}`
+	long := strings.Repeat("n", 41)
+	node := kubectl(t, admin, "get", "nodes", "-o", `jsonpath={.items[0].status.addresses[?(@.type=="InternalIP")].address}`)
+	octets := strings.Split(node, ".")
+	underlay := strings.Join(octets[:3], ".") + ".0/24"
+
+	cidrs := map[string]struct{ cidr, want string }{
+		"no prefix length":    {"10.0.0.0", "not a CIDR"},
+		"five octets":         {"10.0.0.0.0/16", "not a CIDR"},
+		"letters":             {"ten/8", "not a CIDR"},
+		"leading zero":        {"010.0.0.0/16", "not a CIDR"},
+		"prefix length of 33": {"10.0.0.0/33", "not a CIDR"},
+		"empty":               {"", "not a CIDR"},
+		"host bits":           {"10.0.1.0/16", "not canonical"},
+		"too small":           {"10.0.0.0/27", "between /8 and /26"},
+		"one address":         {"10.0.0.1/32", "between /8 and /26"},
+		"too large":           {"0.0.0.0/0", "between /8 and /26"},
+		"IPv6":                {"fd00::/64", "IPv6 is not supported yet"},
+		"services":            {"10.96.0.0/16", "overlaps"},
+		"a part of services":  {"10.96.128.0/24", "overlaps"},
+		"around services":     {"10.0.0.0/8", "overlaps"},
+		"default network":     {"10.244.0.0/16", "overlaps"},
+		"nodes":               {underlay, "overlaps"},
+		"around nodes":        {"172.16.0.0/12", "overlaps"},
+		"loopback":            {"127.0.0.0/16", "overlaps"},
+		"link-local":          {"169.254.0.0/16", "overlaps"},
+		"multicast":           {"224.0.0.0/16", "overlaps"},
+		"reserved":            {"240.0.0.0/8", "overlaps"},
+		"this host":           {"0.0.0.0/8", "overlaps"},
+	}
+	type test struct{ manifest, want string }
+	table := map[string]test{
+		"Tenant/member twice": {
+			tenantSpec(good + ", members: [{kind: User, name: ann, role: owner}, {kind: User, name: ann, role: view}]"), "Duplicate value",
+		},
+		"Tenant/member of Kubernetes":   {tenantSpec(good + ", members: [{kind: Group, name: 'system:authenticated', role: view}]"), "belong to Kubernetes"},
+		"Tenant/unknown role":           {tenantSpec(good + ", members: [{kind: User, name: ann, role: god}]"), "supported values"},
+		"Tenant/unknown kind of member": {tenantSpec(good + ", members: [{kind: Robot, name: ann, role: view}]"), "supported values"},
+		"Tenant/member without name":    {tenantSpec(good + ", members: [{kind: User, name: '', role: view}]"), "at least 1 char"},
+		"Tenant/no network":             {tenantSpec("members: []"), "spec.network: Required value"},
+		"Tenant/empty network":          {tenantSpec("network: {}"), "set either network.cidrs"},
+		"Tenant/two networks":           {tenantSpec(`network: {cidrs: ["10.0.0.0/16"], name: other}`), "set either network.cidrs"},
+		"Tenant/default not allowed":    {tenantSpec(good + ", sandbox: {default: hyper, allowed: [gvisor]}"), "must be one of sandbox.allowed"},
+		"Tenant/negative quota":         {tenantSpec(good + ", quota: {namespaces: -1}"), "greater than or equal to 0"},
+		"Tenant/unknown field":          {tenantSpec(good + ", netwrok: {}"), `unknown field "spec.netwrok"`},
+		"Tenant/name of 41":             {strings.Replace(tenantSpec(good), "name: bad", "name: "+long, 1), "40 characters at most"},
+		"Tenant/name with dots":         {strings.Replace(tenantSpec(good), "name: bad", "name: bad.example", 1), "must be a DNS label"},
+		"Network/two CIDRs":             {"{apiVersion: h8s.io/v1alpha1, kind: Network, metadata: {name: bad}, spec: {tenant: bad, cidrs: [10.0.0.0/16, 10.1.0.0/16]}}", "at most 1 item"},
+		"Network/no CIDR":               {"{apiVersion: h8s.io/v1alpha1, kind: Network, metadata: {name: bad}, spec: {tenant: bad, cidrs: []}}", "at least 1 item"},
+		"Network/no tenant":             {"{apiVersion: h8s.io/v1alpha1, kind: Network, metadata: {name: bad}, spec: {cidrs: [10.0.0.0/16]}}", "spec.tenant: Required value"},
+		"Network/name of 41":            {networkManifest(long, "bad", "10.0.0.0/16"), "40 characters at most"},
+		"Network/name with dots":        {networkManifest("bad.example", "bad", "10.0.0.0/16"), "must be a DNS label"},
+		"Network/unknown tenant":        {networkManifest("bad", "bad", "10.0.0.0/16"), `the Tenant "bad" does not exist`},
+		"Network/provider": {
+			"{apiVersion: h8s.io/v1alpha1, kind: Network, metadata: {name: bad}, spec: {tenant: bad, cidrs: [10.0.0.0/16], provider: magic}}", "supported values",
+		},
+		"Block/CIDR": {"{apiVersion: h8s.io/v1alpha1, kind: Block, metadata: {name: bad}, spec: {network: bad, cidr: 10.0.0.1/28, node: n1}}", "not a canonical CIDR"},
+	}
+	for name, c := range cidrs {
+		table["Network/CIDR/"+name] = test{networkManifest("bad", "bad-owner", c.cidr), c.want}
+		table["Tenant/CIDR/"+name] = test{tenantSpec(fmt.Sprintf("network: {cidrs: [%q]}", c.cidr)), c.want}
+	}
+	apply(t, admin, strings.Replace(tenantSpec(good), "name: bad", "name: bad-owner", 1))
+	t.Cleanup(func() { _, _ = try(admin, "delete", "tenant", "bad-owner", "--timeout=60s") })
+	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/bad-owner", "--timeout=60s")
+	for name, test := range table {
+		t.Run(name, func(t *testing.T) { refused(t, admin, test.manifest, test.want, "create", "-f", "-") })
+	}
+	if out := kubectl(t, admin, "get", "tenants,networks,blocks", "-o", "name"); strings.Contains(out, "/bad\n") {
+		t.Errorf("something that was refused is there: %s", out)
+		_, _ = try(admin, "delete", "tenant/bad", "network/bad", "block/bad", "--ignore-not-found")
+	}
+	t.Run("InUse", testInUse)
+	t.Run("TwoTenants", testTwoTenants)
+	t.Run("LongNames", testLongNames)
+	t.Run("NamespaceQuota", testNamespaceQuota)
+}
+
+// testInUse changes and deletes what pods rely on.
+func testInUse(t *testing.T) {
+	tn := newTenant(t, "inuse", "10.0.0.0/16")
+	tn.run(t, pod("web", "", ""))
+	tn.waitReady(t, "web")
+	for name, test := range map[string]struct{ object, patch, want string }{
+		"Network's CIDR":     {"network/inuse", `{"spec":{"cidrs":["10.1.0.0/16"]}}`, "cidrs are immutable"},
+		"Network's tenant":   {"network/inuse", `{"spec":{"tenant":"other"}}`, "tenant is immutable"},
+		"Network's provider": {"network/inuse", `{"spec":{"provider":"magic"}}`, "supported values"},
+		"Tenant's network":   {"tenant/inuse", `{"spec":{"network":{"cidrs":["10.1.0.0/16"]}}}`, "default network is immutable"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			refused(t, admin, "", test.want, "patch", test.object, "--type=merge", "-p", test.patch)
+		})
+	}
+	t.Run("Block", func(t *testing.T) {
+		block := strings.Fields(kubectl(t, admin, "get", "blocks", "-o", "name", "--field-selector=spec.network=inuse"))[0]
+		refused(t, admin, "", "immutable", "patch", block, "--type=merge", "-p", `{"spec":{"node":"other"}}`)
+	})
+	t.Run("delete the Network", func(t *testing.T) {
+		refused(t, admin, "", tn.ns, "delete", "network", "inuse", "--wait=false")
+	})
+	// Nothing is lost.
+	if _, err := tn.sh("web", "true"); err != nil {
+		t.Error(err)
+	}
+	if out := kubectl(t, admin, "get", "network", "inuse", "-o", "jsonpath={.metadata.deletionTimestamp} {.spec.cidrs}"); out != ` ["10.0.0.0/16"]` {
+		t.Errorf("the Network is now %s", out)
+	}
+	tn.run(t, pod("more", "", ""))
+	tn.waitReady(t, "more")
+	if err := tn.connect("more", tn.ip(t, "web")+":8080", "tcp"); err != nil {
+		t.Error(err)
+	}
+}
+
+// testTwoTenants: a user of two tenants says for which a namespace is.
+func testTwoTenants(t *testing.T) {
+	const both = "bad-both"
+	for _, name := range []string{"two-a", "two-b"} {
+		apply(t, admin, fmt.Sprintf(`{apiVersion: h8s.io/v1alpha1, kind: Tenant, metadata: {name: %s}, spec: {members: [{kind: User, name: %s, role: owner}], network: {cidrs: ["10.0.0.0/16"]}}}`, name, both))
+		t.Cleanup(func() { _, _ = try(admin, "delete", "tenant", name, "--ignore-not-found", "--timeout=60s") })
+	}
+	apply(t, admin, fmt.Sprintf("{apiVersion: h8s.io/v1alpha1, kind: User, metadata: {name: %s}}", both))
+	t.Cleanup(func() { _, _ = try(admin, "delete", "user", both, "--ignore-not-found") })
+	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/two-a", "tenant/two-b", "--timeout=60s")
+	if err := writeKubeconfig(both); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 20*time.Second, func() error {
+		out, err := try(both, "auth", "can-i", "create", "namespaces")
+		if err != nil {
+			return fmt.Errorf("%s: %w", out, err)
+		}
+		return nil
+	})
+	for _, want := range []string{"two-a", "two-b", "h8s.io/tenant"} {
+		refused(t, both, "", want, "create", "namespace", "two-ns")
+	}
+	refused(t, both, "{apiVersion: v1, kind: Namespace, metadata: {name: two-ns, labels: {h8s.io/tenant: two-c}}}", "two-c", "create", "-f", "-")
+	kubectl(t, both, "create", "-f", manifest(t, "{apiVersion: v1, kind: Namespace, metadata: {name: two-ns, labels: {h8s.io/tenant: two-b}}}"))
+	if got := kubectl(t, admin, "get", "namespace", "two-ns", "-o", `jsonpath={.metadata.labels.h8s\.io/tenant} {.metadata.labels.h8s\.io/network}`); got != "two-b two-b" {
+		t.Errorf("tenant and network of the namespace are %q", got)
+	}
+}
+
+// testLongNames: everything at its limit works, from admission to the kernel.
+func testLongNames(t *testing.T) {
+	name := "long-" + strings.Repeat("t", 35) // 40
+	tn := newTenant(t, name, "10.0.0.0/16")
+	tn.ns = "long-" + strings.Repeat("n", 58) // 63
+	kubectl(t, tn.owner, "create", "namespace", tn.ns)
+	eventually(t, 20*time.Second, func() error {
+		_, err := try(tn.owner, "get", "serviceaccount", "default", "-n", tn.ns)
+		return err
+	})
+	web := "web-" + strings.Repeat("p", 59) // 63: it is the value of a label too
+	svc := "svc-" + strings.Repeat("s", 59) // 63
+	// kubelet keeps logs in a directory named <namespace>_<pod>_<uid>, of 255 at most.
+	far := "far." + strings.Repeat("q.", 73) + "end" // 153
+	manifest := strings.Replace(pod(far, "", ""), "labels: {app: "+far+"}", "labels: {app: far}", 1)
+	tn.run(t, pod(web, "", ""), manifest,
+		fmt.Sprintf("{apiVersion: v1, kind: Service, metadata: {name: %s}, spec: {selector: {app: %s}, ports: [{port: 80, targetPort: 8080}]}}", svc, web))
+	tn.waitReady(t, web, far)
+	eventually(t, 20*time.Second, func() error { return tn.connect(far, svc+":80", "tcp") })
+	eventually(t, 20*time.Second, func() error {
+		return tn.connect(far, svc+"."+tn.ns+".svc.cluster.local:80", "tcp")
+	})
+	kubectl(t, tn.owner, "delete", "namespace", tn.ns, "--timeout=60s")
+}
+
+// testNamespaceQuota: exactly as many as the Tenant says, also all at once.
+func testNamespaceQuota(t *testing.T) {
+	tn := newTenant(t, "counted", "10.0.0.0/16") // has one namespace
+	kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", `{"spec":{"quota":{"namespaces":3}}}`)
+	count := func() int {
+		return len(strings.Fields(kubectl(t, admin, "get", "namespaces", "-l", "h8s.io/tenant="+tn.name, "-o", "name")))
+	}
+	// The webhook reads the Tenant from a cache, which sees the patch within moments.
+	var g errgroup.Group
+	g.SetLimit(6)
+	for i := range 6 {
+		g.Go(func() error {
+			_, _ = try(tn.owner, "create", "namespace", fmt.Sprintf("counted-%d", i))
+			return nil
+		})
+	}
+	_ = g.Wait()
+	if n := count(); n != 3 {
+		t.Errorf("the quota is 3 namespaces and there are %d", n)
+	}
+	refused(t, tn.owner, "", "3", "create", "namespace", "counted-more")
+	kubectl(t, tn.owner, "delete", "namespace", tn.ns, "--timeout=60s")
+	eventually(t, 10*time.Second, func() error {
+		_, err := try(tn.owner, "create", "namespace", "counted-more")
+		return err
+	})
+}
+
+// TestCrowd fills a Network and a node to the last pod. An operator lets this
+// tenant use runc, so that 110 pods fit into a small machine.
+func TestCrowd(t *testing.T) {
+	const full = 110
+	tn := newTenant(t, "crowd", "10.0.0.0/26") // 64 addresses; the first and the last are not given out
+	const addresses = 62
+	node := nodes(t)[1]
+	apply(t, admin, "{apiVersion: node.k8s.io/v1, kind: RuntimeClass, metadata: {name: e2e-runc}, handler: runc}")
+	t.Cleanup(func() { _, _ = try(admin, "delete", "runtimeclass", "e2e-runc", "--ignore-not-found") })
+	kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", `{"spec":{"sandbox":{"default":"e2e-runc","allowed":["e2e-runc","gvisor"]}}}`)
+	const large = "crowd-large"
+	apply(t, admin, networkManifest(large, tn.name, "10.64.0.0/16"))
+	apply(t, admin, fmt.Sprintf("{apiVersion: v1, kind: Namespace, metadata: {name: %s, labels: {h8s.io/tenant: %s, h8s.io/network: %s}}}", large, tn.name, large))
+	for _, ns := range []string{tn.ns, large} {
+		eventually(t, 20*time.Second, func() error {
+			out, err := try(admin, "get", "namespace", ns, "-o", `jsonpath={.metadata.labels.h8s\.io/sandbox}`)
+			if out != "e2e-runc" {
+				return fmt.Errorf("sandbox of namespace %s is %q: %w", ns, out, err)
+			}
+			_, err = try(tn.owner, "get", "serviceaccount", "default", "-n", ns)
+			return err
+		})
+	}
+	deployment := func(ns string, replicas int) string {
+		return fmt.Sprintf(`{apiVersion: apps/v1, kind: Deployment, metadata: {name: crowd, namespace: %s}, spec: {replicas: %d, progressDeadlineSeconds: 600, selector: {matchLabels: {app: crowd}}, template: {
+			metadata: {labels: {app: crowd}}, spec: {terminationGracePeriodSeconds: 0, nodeSelector: {kubernetes.io/hostname: %s}, automountServiceAccountToken: false,
+			containers: [{name: c, image: "localhost/busybox:latest", imagePullPolicy: Never, command: [sleep, "10000"]}]}}}}`, ns, replicas, node)
+	}
+	ready := func(ns string) (int, error) {
+		var n int
+		out, err := try(tn.owner, "get", "deployment", "crowd", "-n", ns, "-o", "jsonpath={.status.readyReplicas}")
+		if err == nil && out != "" {
+			_, err = fmt.Sscan(out, &n)
+		}
+		return n, err
+	}
+	wantReady := func(ns string, want int, within time.Duration) {
+		t.Helper()
+		eventually(t, within, func() error {
+			n, err := ready(ns)
+			if n != want {
+				return fmt.Errorf("%d pods of %d are ready in %s, %w", n, want, ns, err)
+			}
+			return nil
+		})
+	}
+	apply(t, tn.owner, deployment(tn.ns, addresses+2))
+	wantReady(tn.ns, addresses, 180*time.Second)
+	t.Run("Exhausted", func(t *testing.T) {
+		eventually(t, 60*time.Second, func() error {
+			out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector=reason=FailedCreatePodSandBox", "-o", "jsonpath={.items[*].message}")
+			for _, want := range []string{"Network " + tn.name, "exhausted"} {
+				if !strings.Contains(out, want) {
+					return fmt.Errorf("no event says %q: %s, %w", want, out, err)
+				}
+			}
+			return nil
+		})
+		ips := strings.Fields(kubectl(t, tn.owner, "get", "pods", "-n", tn.ns, "-o", "jsonpath={.items[*].status.podIP}"))
+		seen := map[string]bool{}
+		for _, ip := range ips {
+			if seen[ip] {
+				t.Errorf("two pods have the address %s", ip)
+			}
+			seen[ip] = true
+		}
+		if len(seen) != addresses {
+			t.Errorf("%d addresses are in use, want %d", len(seen), addresses)
+		}
+		// Two fewer: those that wait, whichever go, get the addresses of those that went.
+		running := strings.Fields(kubectl(t, tn.owner, "get", "pods", "-n", tn.ns, "--field-selector=status.phase=Running", "-o", "name"))
+		waiting := strings.Fields(kubectl(t, tn.owner, "get", "pods", "-n", tn.ns, "--field-selector=status.phase=Pending", "-o", "name"))
+		if len(waiting) != 2 {
+			t.Fatalf("%v wait, want 2", waiting)
+		}
+		kubectl(t, tn.owner, "delete", "-n", tn.ns, running[0], running[1], "--wait=false")
+		apply(t, tn.owner, deployment(tn.ns, addresses))
+		wantReady(tn.ns, addresses, 120*time.Second)
+	})
+	t.Run("FullNode", func(t *testing.T) {
+		others := len(strings.Fields(kubectl(t, admin, "get", "pods", "-A", "--field-selector=spec.nodeName="+node, "-o", "name"))) - addresses
+		apply(t, tn.owner, deployment(large, full-others-addresses))
+		wantReady(large, full-others-addresses, 180*time.Second)
+		if n := len(strings.Fields(kubectl(t, admin, "get", "pods", "-A", "--field-selector=spec.nodeName="+node+",status.phase=Running", "-o", "name"))); n != full {
+			t.Errorf("%d pods run on %s, want %d", n, node, full)
+		}
+		recordsMatch(t, tn)
+		recordsMatch(t, tenant{name: tn.name, ns: large})
+	})
+	t.Run("EmptyNode", func(t *testing.T) {
+		kubectl(t, tn.owner, "delete", "deployment", "crowd", "-n", tn.ns, "--wait=false")
+		kubectl(t, tn.owner, "delete", "deployment", "crowd", "-n", large, "--wait=false")
+		eventually(t, 180*time.Second, func() error {
+			out, err := try(admin, "get", "pods", "-A", "-l", "app=crowd", "-o", "name")
+			if out != "" || err != nil {
+				return fmt.Errorf("%d pods are left, %w", len(strings.Fields(out)), err)
+			}
+			return nil
+		})
+		recordsMatch(t, tn)
+		id := kubectl(t, admin, "get", "network", large, "-o", "jsonpath={.status.id}")
+		kubectl(t, admin, "delete", "namespace", large, "--timeout=60s")
+		kubectl(t, admin, "delete", "network", large, "--timeout=60s")
+		noTraces(t, id)
+	})
+}

@@ -1,0 +1,322 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// TestUpstream looks at what the cluster is made of.
+func TestUpstream(t *testing.T) {
+	t.Run("Version", func(t *testing.T) {
+		var v struct {
+			ClientVersion, ServerVersion struct{ GitVersion string }
+		}
+		if err := json.Unmarshal([]byte(kubectl(t, admin, "version", "-o", "json")), &v); err != nil {
+			t.Fatal(err)
+		}
+		if v.ClientVersion.GitVersion != "v1.36.3" || v.ServerVersion.GitVersion != "v1.36.3" {
+			t.Errorf("versions are %+v", v)
+		}
+	})
+	t.Run("Nodes", func(t *testing.T) {
+		if n := len(nodes(t)); n < 2 {
+			t.Errorf("%d nodes, want at least 2", n)
+		}
+		lines := strings.Split(strings.TrimSpace(kubectl(t, admin, "get", "nodes", "-o", "wide", "--no-headers")), "\n")
+		for _, line := range lines {
+			f := strings.Fields(line)
+			if f[1] != "Ready" || !strings.Contains(line, "v1.36.3") || !strings.Contains(line, "containerd://2.4") && !strings.Contains(line, "containerd://v2.4") {
+				t.Errorf("node: %s", line)
+			}
+		}
+	})
+	t.Run("Programs", func(t *testing.T) {
+		for _, n := range nodes(t) {
+			for _, program := range []string{"containerd", "kubelet", "kube-proxy"} {
+				if found := processes(n, program); len(found) != 1 {
+					t.Errorf("node %s runs %s %d times", n, program, len(found))
+				}
+			}
+		}
+	})
+	t.Run("Status", func(t *testing.T) {
+		out, err := h8sOutput(time.Minute, "status", "--name", cluster.cluster, "-o", "json")
+		if err != nil || !json.Valid([]byte(out)) {
+			t.Errorf("h8s status -o json: %v: %s", err, out)
+		}
+		if out, err := h8sOutput(time.Minute, "version"); err != nil || strings.TrimSpace(out) == "" {
+			t.Errorf("h8s version: %v: %q", err, out)
+		}
+		if wrong := doctor(t); wrong != "" {
+			t.Errorf("h8s doctor: %s", wrong)
+		}
+	})
+	t.Run("AlreadyUp", func(t *testing.T) {
+		out, err := h8sOutput(30*time.Second, "up", "--name", cluster.cluster)
+		if err != nil || !strings.Contains(out, "already up") {
+			t.Errorf("h8s up again: %v: %s", err, out)
+		}
+	})
+}
+
+// TestKinds reads our kinds as a person does who has only kubectl.
+func TestKinds(t *testing.T) {
+	for kind, test := range map[string]struct {
+		short   string
+		columns []string
+		fields  map[string]string // path → a part of what explain says
+	}{
+		"tenants": {"tn", []string{"NAME", "READY", "NETWORK", "NAMESPACES", "SANDBOX", "AGE"}, map[string]string{
+			"":                       "unit of trust",
+			".spec.members":          "Members are the people and machines",
+			".spec.members.role":     "Role of the member",
+			".spec.network.cidrs":    "CIDRs of the Network to make",
+			".spec.sandbox.allowed":  "RuntimeClasses",
+			".spec.quota.namespaces": "how many namespaces",
+			".status.conditions":     "Conditions",
+		}},
+		"networks": {"net", []string{"NAME", "TENANT", "CIDRS", "PROVIDER", "ID", "READY", "PODS", "AGE"}, map[string]string{
+			"":             "isolated address space",
+			".spec.egress": "may reach outside",
+			".status.id":   "number of the Network on the wire",
+		}},
+		"users":  {"", []string{"NAME", "DISPLAY NAME", "DISABLED", "TENANTS", "AGE"}, map[string]string{".spec.disabled": "takes away every access"}},
+		"blocks": {"", []string{"NAME", "NETWORK", "CIDR", "NODE", "AGE"}, map[string]string{"": "slice of a Network"}},
+	} {
+		t.Run(kind, func(t *testing.T) {
+			for path, want := range test.fields {
+				out := strings.Join(strings.Fields(kubectl(t, admin, "explain", kind+path)), " ")
+				if !strings.Contains(out, want) {
+					t.Errorf("explain %s%s does not say %q: %s", kind, path, want, out)
+				}
+			}
+			if test.short != "" {
+				kubectl(t, admin, "get", test.short)
+			}
+			var crd struct {
+				Spec struct {
+					Versions []struct {
+						AdditionalPrinterColumns []struct {
+							Name     string
+							Priority int
+						}
+					}
+				}
+			}
+			if err := json.Unmarshal([]byte(kubectl(t, admin, "get", "crd", kind+".h8s.io", "-o", "json")), &crd); err != nil {
+				t.Fatal(err)
+			}
+			columns := []string{"NAME"}
+			for _, c := range crd.Spec.Versions[0].AdditionalPrinterColumns {
+				if c.Priority == 0 {
+					columns = append(columns, strings.ToUpper(c.Name))
+				}
+			}
+			if diff := cmp.Diff(test.columns, columns); diff != "" {
+				t.Errorf("columns (- want, + got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestSideBySide brings a second cluster up and down while this one is up, and
+// looks for what it left.
+func TestSideBySide(t *testing.T) {
+	const name = "beside"
+	_, _ = h8sOutput(2*time.Minute, "down", "--name", name)
+	before := hostState()
+	t.Cleanup(func() { _, _ = h8sOutput(2*time.Minute, "down", "--name", name) })
+	if out, err := h8sOutput(3*time.Minute, "up", "--name", name, "--nodes", "1", "--resolver", outsideDNS); err != nil {
+		t.Fatalf("h8s up: %v: %s", err, out)
+	}
+	// Each answers for itself, and their nodes do not share an address.
+	config, err := h8sOutput(time.Minute, "kubeconfig", "--name", name)
+	if err != nil {
+		t.Fatalf("h8s kubeconfig: %v: %s", err, config)
+	}
+	addresses := map[string]string{}
+	for cluster, args := range map[string][]string{name: {"--kubeconfig=" + manifest(t, config)}, cluster.cluster: nil} {
+		out := kubectl(t, admin, append(args, "get", "nodes", "-o", `jsonpath={.items[*].status.addresses[?(@.type=="InternalIP")].address}`)...)
+		for _, a := range strings.Fields(out) {
+			if other := addresses[a]; other != "" {
+				t.Errorf("clusters %s and %s both have a node at %s", cluster, other, a)
+			}
+			if _, err := netip.ParseAddr(a); err != nil {
+				t.Error(err)
+			}
+			addresses[a] = cluster
+		}
+	}
+	out, err := h8sOutput(30*time.Second, "up", "--name", name)
+	if err != nil || !strings.Contains(out, "already up") {
+		t.Errorf("h8s up again: %v: %s", err, out)
+	}
+	if out, err := h8sOutput(2*time.Minute, "down", "--name", name); err != nil {
+		t.Fatalf("h8s down: %v: %s", err, out)
+	}
+	if diff := cmp.Diff(before, hostState()); diff != "" {
+		t.Errorf("h8s down left something on the host (- before, + after):\n%s", diff)
+	}
+	if out, err := exec.Command("sh", "-c", "grep -l /h8s-"+name+"/ /proc/[0-9]*/cgroup").Output(); err == nil {
+		t.Errorf("h8s down left processes: %s", out)
+	}
+	if left, _ := filepath.Glob("/sys/fs/cgroup/*/h8s-" + name); len(left) > 0 {
+		t.Errorf("h8s down left cgroups: %v", left)
+	}
+	if _, err := h8sOutput(30*time.Second, "status", "--name", name); err == nil {
+		t.Error("h8s status succeeds after h8s down")
+	}
+	if _, err := h8sOutput(30*time.Second, "down", "--name", name); err != nil {
+		t.Errorf("h8s down again: %v", err)
+	}
+	kubectl(t, admin, "get", "nodes")
+}
+
+// TestKill kills each component as a crash would. It must be started again, what
+// ran before must go on answering, and new pods must start.
+func TestKill(t *testing.T) {
+	tn := newTenant(t, "kill", "10.0.0.0/16")
+	control, other := nodes(t)[0], nodes(t)[1]
+	tn.run(t, pod("before", other, ""), pod("client", control, ""),
+		"apiVersion: v1\nkind: Service\nmetadata: {name: before}\nspec: {selector: {app: before}, ports: [{port: 80, targetPort: 8080}]}\n")
+	tn.waitReady(t, "before", "client")
+	ip := tn.ip(t, "before")
+
+	// converged asserts that the pods that ran before still serve, and that a pod starts on node.
+	converged := func(t *testing.T, node string) {
+		t.Helper()
+		eventually(t, 60*time.Second, func() error {
+			out, err := try(admin, "get", "nodes", "-o", `jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}`)
+			if err != nil || strings.Count(out, "True") != len(strings.Fields(out)) || out == "" {
+				return fmt.Errorf("nodes are Ready: %s, %w", out, err)
+			}
+			return tn.connect("client", ip+":8080", "tcp")
+		})
+		eventually(t, 30*time.Second, func() error { return tn.connect("client", "before:80", "tcp") })
+		eventually(t, 60*time.Second, func() error {
+			_, err := tryInput(tn.owner, pod("after", node, ""), "apply", "-n", tn.ns, "-f", "-")
+			return err
+		})
+		tn.waitReady(t, "after")
+		if err := tn.connect("client", tn.ip(t, "after")+":8080", "tcp"); err != nil {
+			t.Error(err)
+		}
+		kubectl(t, tn.owner, "delete", "pod", "after", "-n", tn.ns, "--timeout=60s")
+	}
+	for _, test := range []struct{ program, node string }{
+		{"etcd", control},
+		{"kube-apiserver", control},
+		{"kube-controller-manager", control},
+		{"kube-scheduler", control},
+		{"containerd", other},
+		{"kubelet", other},
+		{"kube-proxy", other},
+		{"h8s-node", other},
+		{"h8s-node", control},
+	} {
+		t.Run(test.program+" on "+test.node, func(t *testing.T) {
+			old := only(t, test.node, test.program)
+			old.kill(t)
+			restarted(t, test.node, test.program, old)
+			converged(t, test.node)
+		})
+	}
+	t.Run("h8s-controller", func(t *testing.T) {
+		for _, n := range nodes(t) {
+			for _, old := range processes(n, "h8s-controller") {
+				old.kill(t)
+				restarted(t, n, "h8s-controller", old)
+			}
+		}
+		converged(t, other)
+		// It works, and does not only run.
+		kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", `{"spec":{"quota":{"hard":{"configmaps":"77"}}}}`)
+		eventually(t, 60*time.Second, func() error {
+			out, err := try(tn.owner, "get", "quota", "-n", tn.ns, "-o", "jsonpath={.items[*].spec.hard.configmaps}")
+			if out != "77" {
+				return fmt.Errorf("the quota has not arrived: %q, %w", out, err)
+			}
+			return nil
+		})
+	})
+	t.Run("Init", func(t *testing.T) {
+		// The whole node goes, as when a machine loses power, and with it its pods.
+		old, err := nodeInit(other)
+		if err != nil {
+			t.Fatal(err)
+		}
+		old.kill(t)
+		eventually(t, 60*time.Second, func() error {
+			now, err := nodeInit(other)
+			if err == nil && now.pid == old.pid {
+				err = fmt.Errorf("node init %d still lives", old.pid)
+			}
+			return err
+		})
+		eventually(t, 120*time.Second, func() error {
+			out, err := try(tn.owner, "get", "pod", "before", "-n", tn.ns, "-o", `jsonpath={.status.containerStatuses[0].restartCount} {.status.conditions[?(@.type=="Ready")].status}`)
+			if err != nil || strings.HasPrefix(out, "0 ") || !strings.HasSuffix(out, "True") {
+				return fmt.Errorf("restarts and readiness of the pod: %s, %w", out, err)
+			}
+			return nil
+		})
+		ip = tn.ip(t, "before") // a new sandbox may have a new address
+		converged(t, other)
+	})
+	t.Run("Supervisor", func(t *testing.T) {
+		// Above everything else: with it the whole machine goes, so to speak.
+		supervisors := processesBelow("/h8s-"+cluster.cluster+"/supervisor", "h8s")
+		if len(supervisors) == 0 {
+			t.Fatal("the cluster has no supervisor")
+		}
+		for _, p := range supervisors {
+			if slices.Contains(p.args, "supervise") {
+				p.kill(t)
+			}
+		}
+		eventually(t, 150*time.Second, func() error {
+			if _, err := nodeInit(other); err != nil {
+				return err
+			}
+			out, err := try(tn.owner, "get", "pods", "before", "client", "-n", tn.ns, "-o", `jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}`)
+			if err != nil || out != "True True" {
+				return fmt.Errorf("readiness of the pods: %s, %w", out, err)
+			}
+			return nil
+		})
+		ip = tn.ip(t, "before")
+		converged(t, other)
+	})
+}
+
+// only is the one process of that name on a node.
+func only(t testing.TB, node, program string) process {
+	t.Helper()
+	found := processes(node, program)
+	if len(found) != 1 {
+		t.Fatalf("node %s runs %s %d times", node, program, len(found))
+	}
+	return found[0]
+}
+
+// restarted waits for a new process in the place of an old one.
+func restarted(t testing.TB, node, program string, old process) {
+	t.Helper()
+	eventually(t, 60*time.Second, func() error {
+		for _, p := range processes(node, program) {
+			if p.pid != old.pid {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s on node %s has not been started again", program, node)
+	})
+}

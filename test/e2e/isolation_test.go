@@ -1,0 +1,730 @@
+package e2e
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"h8s.io/hypernetes/test/e2e/probe"
+)
+
+// rivals is two tenants on one CIDR, with pods on both nodes, and the operator's
+// own pods on the default network.
+type rivals struct {
+	a, b tenant
+	// def is no tenant: a namespace of the operator's, whose pods d1 (on n1) and d2 (on n2) use runc.
+	def tenant
+	// n1 is the node with the control plane.
+	n1, n2 string
+	// nodeIP by node, pods by tenant's name, placement by "tenant/pod", ips by "tenant/pod".
+	nodeIP map[string]string
+	pods   map[string][]string
+	nodeOf map[string]string
+	ips    map[string]string
+	// services are the ClusterIPs of the Service "web" by tenant's name; nodePort is def's.
+	services map[string]string
+	nodePort string
+	// twinA and twinB are pods of a and b with one and the same address, on different nodes.
+	twinA, twinB string
+}
+
+// TestIsolation has two tenants on one CIDR use what they have and try
+// to reach what they have not.
+func TestIsolation(t *testing.T) {
+	r := newRivals(t)
+	t.Run("EqualAddresses", r.testEqualAddresses)
+	t.Run("WithinTenant", r.testWithinTenant)
+	t.Run("BigPayloads", r.testBigPayloads)
+	t.Run("BetweenTenants", r.testBetweenTenants)
+	t.Run("Infrastructure", r.testInfrastructure)
+	t.Run("Internet", r.testInternet)
+	t.Run("FromDefaultNetwork", r.testFromDefaultNetwork)
+	t.Run("SpoofedSource", r.testSpoofedSource)
+	t.Run("ForgedVXLAN", r.testForgedVXLAN)
+	t.Run("ProbesOfTwins", r.testProbesOfTwins)
+}
+
+// rivalPod is a pod that is Ready as long as the file podReady is there.
+func rivalPod(name, node string) string {
+	return fmt.Sprintf(`
+apiVersion: v1
+kind: Pod
+metadata: {name: %s, labels: {app: web}}
+spec:
+  terminationGracePeriodSeconds: 1
+  nodeSelector: {kubernetes.io/hostname: %s}
+  containers:
+  - name: agnhost
+    image: localhost/agnhost:latest
+    imagePullPolicy: Never
+    command: [sh, -c, "mkdir /tmp/www && touch %s && httpd -p 8090 -h /tmp/www && exec /agnhost netexec --http-port=8080 --udp-port=8080"]
+    ports: [{name: http, containerPort: 8080}, {name: udp, containerPort: 8080, protocol: UDP}]
+    readinessProbe: {httpGet: {path: /ready, port: 8090}, periodSeconds: 1, timeoutSeconds: 2}
+`, name, node, podReady)
+}
+
+const (
+	podReady = "/tmp/www/ready"
+	// rivalsCIDR is the Network of both. Nobody else on the cluster uses it, so that
+	// the nodes' Blocks come out the same every time: see newRivals.
+	rivalsCIDR = "10.77.0.0/16"
+)
+
+// webService is a Service of the pods with app=web: 80 over TCP and UDP.
+const webService = `
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  selector: {app: web}
+  ports:
+  - {name: http, port: 80, targetPort: http}
+  - {name: udp, port: 80, targetPort: udp, protocol: UDP}
+`
+
+func newRivals(t *testing.T) *rivals {
+	t.Helper()
+	names := nodes(t)
+	if len(names) < 2 {
+		t.Fatalf("these tests need two nodes, the cluster has %v", names)
+	}
+	r := &rivals{
+		a: newTenant(t, "iso-a", rivalsCIDR), b: newTenant(t, "iso-b", rivalsCIDR),
+		def: operatorNamespace(t, "iso-default"),
+		n1:  names[0], n2: names[1],
+		nodeIP: map[string]string{}, pods: map[string][]string{}, nodeOf: map[string]string{}, ips: map[string]string{}, services: map[string]string{},
+	}
+	for _, n := range []string{r.n1, r.n2} {
+		r.nodeIP[n] = kubectl(t, admin, "get", "node", n, "-o", `jsonpath={.status.addresses[?(@.type=="InternalIP")].address}`)
+	}
+	r.def.run(t, rivalPod("d1", r.n1), rivalPod("d2", r.n2), strings.Replace(webService, "spec:", "spec:\n  type: NodePort", 1))
+	r.add(t, r.a, map[string]string{"a1": r.n1, "a2": r.n1, "a3": r.n2})
+	r.add(t, r.b, map[string]string{"b1": r.n2, "b2": r.n2, "b3": r.n1})
+	// A node holds no range twice, and takes the lowest that is free: what a holds
+	// on one node is what b gets on the other.
+	r.findTwins()
+	r.def.waitReady(t, "d1", "d2")
+	r.pods[r.def.name] = []string{"d1", "d2"}
+	for _, p := range r.pods[r.def.name] {
+		r.ips[r.def.name+"/"+p] = r.def.ip(t, p)
+	}
+	for _, tn := range []tenant{r.a, r.b} {
+		tn.run(t, webService)
+	}
+	var g errgroup.Group
+	for _, tn := range []tenant{r.a, r.b, r.def} {
+		r.services[tn.name] = kubectl(t, tn.owner, "get", "service", "web", "-n", tn.ns, "-o", "jsonpath={.spec.clusterIP}")
+		g.Go(func() error { tn.arm(t, r.pods[tn.name]...); return nil })
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	r.nodePort = kubectl(t, admin, "get", "service", "web", "-n", r.def.ns, "-o", "jsonpath={.spec.ports[0].nodePort}")
+	return r
+}
+
+// operatorNamespace is a namespace of no tenant, used by the operator.
+func operatorNamespace(t testing.TB, name string) tenant {
+	t.Helper()
+	eventually(t, 60*time.Second, func() error { // an earlier run's may still be going
+		_, err := try(admin, "create", "namespace", name)
+		return err
+	})
+	t.Cleanup(func() {
+		if _, err := try(admin, "delete", "namespace", name, "--timeout=90s"); err != nil {
+			t.Error(err)
+		}
+	})
+	eventually(t, 20*time.Second, func() error {
+		_, err := try(admin, "get", "serviceaccount", "default", "-n", name)
+		return err
+	})
+	return tenant{name: name, owner: admin, ns: name}
+}
+
+// add runs pods, by name on nodes, and waits for them.
+func (r *rivals) add(t testing.TB, tn tenant, placement map[string]string) {
+	t.Helper()
+	var manifests []string
+	names := slices.Sorted(maps.Keys(placement))
+	for _, p := range names {
+		manifests = append(manifests, rivalPod(p, placement[p]))
+	}
+	tn.run(t, manifests...)
+	tn.waitReady(t, names...)
+	for _, p := range names {
+		key := tn.name + "/" + p
+		r.ips[key], r.nodeOf[key] = tn.ip(t, p), placement[p]
+		r.pods[tn.name] = append(r.pods[tn.name], p)
+	}
+}
+
+func (r *rivals) findTwins() {
+	for _, a := range r.pods[r.a.name] {
+		for _, b := range r.pods[r.b.name] {
+			if r.ip(r.a, a) == r.ip(r.b, b) {
+				r.twinA, r.twinB = a, b
+			}
+		}
+	}
+}
+
+func (r *rivals) ip(tn tenant, pod string) string   { return r.ips[tn.name+"/"+pod] }
+func (r *rivals) node(tn tenant, pod string) string { return r.nodeOf[tn.name+"/"+pod] }
+
+// byIP are a tenant's pods by address.
+func (r *rivals) byIP(tn tenant) map[string]string {
+	m := map[string]string{}
+	for _, p := range r.pods[tn.name] {
+		m[r.ip(tn, p)] = p
+	}
+	return m
+}
+
+// other is the tenant that tn must know nothing of.
+func (r *rivals) other(tn tenant) tenant {
+	if tn.name == r.a.name {
+		return r.b
+	}
+	return r.a
+}
+
+func (r *rivals) testEqualAddresses(t *testing.T) {
+	if r.twinA == "" {
+		t.Fatalf("no pods of both tenants with one address: %v", r.ips)
+	}
+	ip := kubectl(t, r.a.owner, "get", "pod", r.twinA, "-n", r.a.ns, "-o", "jsonpath={.status.podIP}")
+	if got := kubectl(t, r.b.owner, "get", "pod", r.twinB, "-n", r.b.ns, "-o", "jsonpath={.status.podIP}"); got != ip {
+		t.Errorf("status.podIP of the twins: %s and %s", ip, got)
+	}
+	nodeA := kubectl(t, r.a.owner, "get", "pod", r.twinA, "-n", r.a.ns, "-o", "jsonpath={.spec.nodeName}")
+	nodeB := kubectl(t, r.b.owner, "get", "pod", r.twinB, "-n", r.b.ns, "-o", "jsonpath={.spec.nodeName}")
+	if nodeA == nodeB {
+		t.Errorf("both pods with %s are on node %s", ip, nodeA)
+	}
+	// No two pods of one node have one address, whosever they are.
+	seen := map[string]string{}
+	for key, ip := range r.ips {
+		if where, ok := r.nodeOf[key]; ok {
+			if twin, ok := seen[where+" "+ip]; ok {
+				t.Errorf("%s and %s both have %s on %s", key, twin, ip, where)
+			}
+			seen[where+" "+ip] = key
+		}
+	}
+}
+
+// check is a dial and what must come of it.
+type check struct {
+	probe.Target
+	// want is the answer; empty: nobody may answer.
+	want string
+	// rejected is allowed besides silence: the portal itself refuses what is no Service of its Network.
+	rejected bool
+}
+
+// dialAll dials from one pod and reports every outcome that is not as it must be.
+// It insists on at least one check that must succeed, by the protocols that must not.
+func dialAll(t *testing.T, tn tenant, pod string, checks []check) {
+	t.Helper()
+	targets := make([]probe.Target, len(checks))
+	controls := map[string]bool{}
+	for i, c := range checks {
+		targets[i] = c.Target
+		controls[c.Proto] = controls[c.Proto] || c.want != ""
+	}
+	for proto, ok := range controls {
+		if !ok {
+			t.Fatalf("no positive control for %s from %s: a broken probe would pass", proto, pod)
+		}
+	}
+	for i, o := range tn.dial(t, pod, targets...) {
+		c := checks[i]
+		what := fmt.Sprintf("%s/%s → %s %s", tn.name, pod, c.Proto, c.Address)
+		switch {
+		case c.want != "" && o.Answer != c.want:
+			t.Errorf("%s: want an answer %q, got %q %s %s", what, c.want, o.Answer, o.Failure, o.Detail)
+		case c.want != "":
+		case o.Answer != "":
+			t.Errorf("%s: LEAK: answered %q", what, o.Answer)
+		case o.Failure == "timeout", o.Failure == "unreachable":
+		case o.Failure == "refused" && c.rejected:
+		default:
+			t.Errorf("%s: want silence, got %s: %s", what, o.Failure, o.Detail)
+		}
+	}
+}
+
+const pong = "echo reply with 56 bytes"
+
+// reach is the three ways to a pod by its address.
+func reach(ip, want string) []check {
+	ping := ""
+	if want != "" {
+		ping = pong
+	}
+	return []check{
+		{Target: probe.Target{Proto: "http", Address: ip + ":8080"}, want: want},
+		{Target: probe.Target{Proto: "udp", Address: ip + ":8080"}, want: want},
+		{Target: probe.Target{Proto: "icmp", Address: ip, Size: 56}, want: ping},
+	}
+}
+
+// own is every pod of the pod's own tenant, with the name that must answer, and
+// a TCP connection: the positive controls.
+func (r *rivals) own(tn tenant) []check {
+	var checks []check
+	for _, p := range r.pods[tn.name] {
+		checks = append(checks, reach(r.ip(tn, p), p)...)
+	}
+	return append(checks, check{Target: probe.Target{Proto: "tcp", Address: r.ip(tn, r.pods[tn.name][0]) + ":8080"}, want: "connected"})
+}
+
+// eachPod does something in every pod of the given tenants, all at the same time.
+func (r *rivals) eachPod(t *testing.T, do func(t *testing.T, tn tenant, pod string), tenants ...tenant) {
+	t.Helper()
+	t.Run("pods", func(t *testing.T) {
+		for _, tn := range tenants {
+			for _, p := range r.pods[tn.name] {
+				t.Run(tn.name+"/"+p, func(t *testing.T) {
+					t.Parallel()
+					do(t, tn, p)
+				})
+			}
+		}
+	})
+}
+
+// testWithinTenant has every pod of both tenants dial every pod of its own
+// tenant at the same time. A pod that answers says its name.
+func (r *rivals) testWithinTenant(t *testing.T) {
+	r.eachPod(t, func(t *testing.T, tn tenant, pod string) {
+		dialAll(t, tn, pod, r.own(tn))
+	}, r.a, r.b)
+}
+
+func (r *rivals) testBigPayloads(t *testing.T) {
+	const megabyte = 1 << 20
+	r.eachPod(t, func(t *testing.T, tn tenant, pod string) {
+		mtu := podMTU(t, tn, pod)
+		var targets []probe.Target
+		var sizes []int
+		for _, p := range r.pods[tn.name] {
+			ip := r.ip(tn, p)
+			targets = append(targets,
+				probe.Target{Proto: "http", Address: ip + ":8080", Path: fmt.Sprintf("/shell?cmd=head+-c+%d+/dev/zero+|+tr+'\\0'+x", megabyte)},
+				// Fragments, in both directions. netexec takes 2048 bytes at most.
+				probe.Target{Proto: "udp", Address: ip + ":8080", Size: 2000})
+			sizes = append(sizes, megabyte, 2000-len("echo "))
+			// To the byte: the largest that fits, one more, and many fragments.
+			for _, size := range []int{mtu - 28, mtu - 27, 4000, 8000} {
+				targets = append(targets, probe.Target{Proto: "icmp", Address: ip, Size: size})
+				sizes = append(sizes, size)
+			}
+		}
+		for i, o := range tn.dial(t, pod, targets...) {
+			ok := false
+			switch targets[i].Proto {
+			case "http":
+				ok = strings.Count(o.Answer, "x") == sizes[i]
+			case "udp":
+				ok = len(o.Answer) == sizes[i]
+			case "icmp":
+				ok = o.Answer == fmt.Sprintf("echo reply with %d bytes", sizes[i])
+			}
+			if !ok {
+				t.Errorf("%s → %s %s with %d bytes: got %d bytes, %s %s", pod, targets[i].Proto, targets[i].Address, sizes[i], len(o.Answer), o.Failure, o.Detail)
+			}
+		}
+	}, r.a, r.b)
+}
+
+func podMTU(t *testing.T, tn tenant, pod string) int {
+	t.Helper()
+	out, err := tn.sh(pod, "ip link show eth0 | sed -n 's/.* mtu \\([0-9]*\\).*/\\1/p'")
+	var mtu int
+	if err == nil {
+		_, err = fmt.Sscan(out, &mtu)
+	}
+	if err != nil {
+		t.Fatalf("MTU of %s: %q: %v", pod, out, err)
+	}
+	return mtu
+}
+
+// unusedServiceIP is a ClusterIP that nobody has; what answers for another
+// tenant's must be what answers for this one.
+const unusedServiceIP = "10.96.255.251"
+
+// testBetweenTenants dials every address of the other tenant. Where the own
+// tenant has that address too, the own pod must answer.
+func (r *rivals) testBetweenTenants(t *testing.T) {
+	r.eachPod(t, func(t *testing.T, tn tenant, pod string) {
+		checks := r.own(tn)
+		mine, theirs := r.byIP(tn), r.other(tn)
+		for ip := range r.byIP(theirs) {
+			checks = append(checks, reach(ip, mine[ip])...)
+		}
+		checks = append(checks, serviceChecks(r.services[theirs.name])...)
+		dialAll(t, tn, pod, checks)
+		r.indistinguishable(t, tn, pod, r.services[theirs.name])
+	}, r.a, r.b)
+}
+
+func serviceChecks(ip string) []check {
+	return []check{
+		{Target: probe.Target{Proto: "http", Address: ip + ":80"}, rejected: true},
+		{Target: probe.Target{Proto: "udp", Address: ip + ":80"}, rejected: true},
+		{Target: probe.Target{Proto: "tcp", Address: ip + ":8080"}, rejected: true},
+		{Target: probe.Target{Proto: "icmp", Address: ip}, rejected: true},
+	}
+}
+
+// indistinguishable asserts that a Service of someone else is met as one that does not exist.
+func (r *rivals) indistinguishable(t *testing.T, tn tenant, pod string, services ...string) {
+	t.Helper()
+	for _, ip := range services {
+		var targets []probe.Target
+		for _, addr := range []string{ip, unusedServiceIP} {
+			for _, c := range serviceChecks(addr) {
+				targets = append(targets, c.Target)
+			}
+		}
+		out := tn.dial(t, pod, targets...)
+		half := len(out) / 2
+		for i := range half {
+			if out[i].Failure != out[half+i].Failure || out[i].Answer != out[half+i].Answer {
+				t.Errorf("%s can tell that Service %s exists: %s %s gives %q, an unused address gives %q",
+					pod, ip, targets[i].Proto, targets[i].Address, out[i].Failure, out[half+i].Failure)
+			}
+		}
+	}
+}
+
+// metadataAddress is where clouds keep their machines' credentials.
+const metadataAddress = "169.254.169.254"
+
+// testInfrastructure dials what is not the tenants': nodes, the control plane,
+// the default network, portals, and a metadata server that really is there.
+func (r *rivals) testInfrastructure(t *testing.T) {
+	api := strings.Fields(kubectl(t, admin, "get", "endpointslices", "-n", "default", "-l", "kubernetes.io/service-name=kubernetes",
+		"-o", "jsonpath={.items[*].endpoints[*].addresses[*]}"))
+	if len(api) == 0 {
+		t.Fatal("the Service kubernetes has no endpoints")
+	}
+	for _, n := range []string{r.n1, r.n2} {
+		serveMetadata(t, n)
+	}
+
+	var forbidden []check
+	add := func(proto, address string, rejected bool) {
+		forbidden = append(forbidden, check{Target: probe.Target{Proto: proto, Address: address}, rejected: rejected})
+	}
+	hosts := []string{r.nodeIP[r.n1], r.nodeIP[r.n2], metadataAddress, "169.254.77.1", "169.254.77.2", "169.254.1.1"}
+	for _, host := range hosts {
+		for _, port := range []string{"22", "53", "80", "2379", "2380", "6443", "9476", "10248", "10249", "10250", "10256", "10257", "10259", r.nodePort} {
+			if port == "6443" && slices.Contains(api, host) {
+				continue // the one exception; see below
+			}
+			add("tcp", host+":"+port, false)
+		}
+		for _, port := range []string{"53", "4789", r.nodePort} {
+			add("udp", host+":"+port, false)
+		}
+		if host != "169.254.1.1" { // the pod's own router, which answers pings
+			add("icmp", host, false)
+		}
+	}
+	for _, p := range r.pods[r.def.name] {
+		forbidden = append(forbidden, reach(r.ip(r.def, p), "")...)
+	}
+	foreign := []string{r.services[r.def.name]}
+	for line := range strings.Lines(kubectl(t, admin, "get", "services", "-n", "kube-system", "-o", "jsonpath={range .items[*]}{.spec.clusterIP}{'\\n'}{end}")) {
+		// The cluster DNS address is the tenant's own name server; only other ports of it are not.
+		if ip := strings.TrimSpace(line); ip != "" && ip != "None" {
+			add("tcp", ip+":9153", true)
+			add("tcp", ip+":8080", true)
+		}
+	}
+	for _, ip := range foreign {
+		forbidden = append(forbidden, serviceChecks(ip)...)
+	}
+
+	t.Run("Controls", func(t *testing.T) { r.testTargetsAlive(t) })
+	r.eachPod(t, func(t *testing.T, tn tenant, pod string) {
+		checks := append(r.own(tn), forbidden...)
+		for _, ip := range api {
+			checks = append(checks, check{Target: probe.Target{Proto: "tcp", Address: ip + ":6443"}, want: "connected"})
+		}
+		dialAll(t, tn, pod, checks)
+		r.indistinguishable(t, tn, pod, foreign...)
+	}, r.a, r.b)
+}
+
+// testTargetsAlive shows that what tenants may not reach is there: the operator's pods reach it.
+func (r *rivals) testTargetsAlive(t *testing.T) {
+	checks := []check{
+		{Target: probe.Target{Proto: "http", Address: metadataAddress + ":80"}, want: "served"},
+		{Target: probe.Target{Proto: "tcp", Address: r.nodeIP[r.n1] + ":10250"}, want: "connected"},
+		{Target: probe.Target{Proto: "tcp", Address: r.nodeIP[r.n2] + ":10250"}, want: "connected"},
+		{Target: probe.Target{Proto: "tcp", Address: r.nodeIP[r.n1] + ":" + r.nodePort}, want: "connected"},
+		{Target: probe.Target{Proto: "tcp", Address: r.nodeIP[r.n2] + ":" + r.nodePort}, want: "connected"},
+		{Target: probe.Target{Proto: "icmp", Address: r.nodeIP[r.n1], Size: 56}, want: pong},
+		{Target: probe.Target{Proto: "icmp", Address: r.nodeIP[r.n2], Size: 56}, want: pong},
+		{Target: probe.Target{Proto: "tcp", Address: r.services[r.def.name] + ":80"}, want: "connected"},
+	}
+	checks = append(checks, r.own(r.def)...)
+	for _, p := range r.pods[r.def.name] {
+		dialAll(t, r.def, p, checks)
+	}
+}
+
+// serveMetadata gives a node a metadata server for the time of the test.
+func serveMetadata(t *testing.T, node string) {
+	t.Helper()
+	onNode(t, node, "ip address add "+metadataAddress+"/32 dev lo")
+	t.Cleanup(func() { onNode(t, node, "ip address del "+metadataAddress+"/32 dev lo") })
+	serve(t, nodeNetns(t, node), metadataAddress+":80")
+}
+
+// serve answers HTTP in a network namespace of the machine until the test is over.
+func serve(t *testing.T, netns, address string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd := probeIn(ctx, t, netns, "serve", address)
+	if err := cmd.Start(); err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cancel()
+		_ = cmd.Wait() // it was killed
+	})
+	eventually(t, 10*time.Second, func() error {
+		check := probeIn(ctx, t, netns, "dial")
+		check.Stdin = strings.NewReader(mustJSON(t, []probe.Target{{Proto: "http", Address: address}}))
+		out, err := check.CombinedOutput()
+		if err != nil || !strings.Contains(string(out), "served") {
+			return fmt.Errorf("the server at %s is not up yet: %s %w", address, out, err)
+		}
+		return nil
+	})
+}
+
+// testInternet: what is no part of the cluster may be reached, and sees the node
+// as the client. A machine beside the nodes plays the internet.
+func (r *rivals) testInternet(t *testing.T) {
+	const netns = "h8s-e2e-outside"
+	gateway := strings.Fields(onNode(t, r.n1, "ip -4 route show default"))[2]
+	address := netip.MustParseAddr(gateway).As4()
+	address[3] = 250
+	outside := netip.AddrFrom4(address).String()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	t.Cleanup(func() { _ = exec.Command("ip", "netns", "delete", netns).Run() }) // its link goes with it
+	script := fmt.Sprintf(`set -e
+bridge=$(ip -4 -o address show to %[2]s | cut -d' ' -f2)
+ip netns add %[1]s
+ip link add h8s-e2e-out type veth peer name eth0 netns %[1]s
+ip link set h8s-e2e-out master "$bridge" up
+ip -n %[1]s link set lo up
+ip -n %[1]s link set eth0 up
+ip -n %[1]s address add %[3]s/24 dev eth0`, netns, gateway, outside)
+	if out, err := exec.CommandContext(ctx, "sh", "-c", script).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	serve(t, "/run/netns/"+netns, outside+":80")
+	r.eachPod(t, func(t *testing.T, tn tenant, pod string) {
+		target := probe.Target{Proto: "http", Address: outside + ":80", Path: "/clientip"}
+		eventually(t, 10*time.Second, func() error {
+			if o, want := tn.dial(t, pod, target)[0], r.nodeIP[r.node(tn, pod)]; o.Answer != want {
+				return fmt.Errorf("%s/%s: %s sees the client as %q %s %s, want the node, %s", tn.name, pod, outside, o.Answer, o.Failure, o.Detail, want)
+			}
+			return nil
+		})
+	}, r.a, r.b)
+}
+
+// testFromDefaultNetwork has the operator's pods dial the tenants.
+func (r *rivals) testFromDefaultNetwork(t *testing.T) {
+	r.eachPod(t, func(t *testing.T, tn tenant, pod string) {
+		checks := r.own(tn)
+		for _, victim := range []tenant{r.a, r.b} {
+			for ip := range r.byIP(victim) {
+				checks = append(checks, reach(ip, "")...)
+				checks = append(checks, check{Target: probe.Target{Proto: "tcp", Address: ip + ":8090"}})
+			}
+			checks = append(checks, serviceChecks(r.services[victim.name])...)
+		}
+		dialAll(t, tn, pod, checks)
+		r.indistinguishable(t, tn, pod, r.services[r.a.name], r.services[r.b.name])
+	}, r.def)
+}
+
+// testSpoofedSource sends packets with a source that is not the sender's, as a
+// tenant who is root in her sandbox would, and as one who broke out of the
+// sandbox into the pod's network namespace would.
+func (r *rivals) testSpoofedSource(t *testing.T) {
+	const from, near, far = "a1", "a2", "a3"
+	self := r.ip(r.a, from)
+	netns := r.a.netnsOf(t, r.node(r.a, from), from)
+	gateway := r.nextHop(t, r.a, from, netns)
+	spoofed := map[string]string{
+		"neighbour":        r.ip(r.a, near),
+		"remote neighbour": r.ip(r.a, far),
+		"nobody":           "10.77.255.77",
+		"node":             r.nodeIP[r.n1],
+		"other node":       r.nodeIP[r.n2],
+		"node's uplink":    "169.254.77.1",
+		"portal's uplink":  "169.254.77.2",
+		"portal":           "169.254.1.1",
+		"cluster DNS":      "10.96.0.10",
+		"default network":  r.ip(r.def, "d1"),
+		"loopback":         "127.0.0.1",
+		"internet":         "198.51.100.7",
+		"zero":             "0.0.0.0",
+	}
+	for _, target := range []string{near, far} {
+		t.Run(map[string]string{near: "same node", far: "other node"}[target], func(t *testing.T) {
+			mark := "h8s-spoof-" + target
+			saw := captureIn(t, target, r.a.netnsOf(t, r.node(r.a, target), target), "eth0", mark, mark+" control netns")
+			packet := func(source, label string) probe.Packet {
+				return probe.Packet{
+					Source:      netip.AddrPortFrom(netip.MustParseAddr(source), 4000),
+					Destination: netip.AddrPortFrom(netip.MustParseAddr(r.ip(r.a, target)), 8080),
+					Payload:     []byte(mark + " " + label),
+				}
+			}
+			// From within gVisor, and then the same from the pod's network namespace.
+			for name, source := range spoofed {
+				p := packet(source, "SPOOFED gVisor "+name)
+				if err := r.a.sendFromPod(from, mustJSON(t, []probe.Packet{p})); err != nil {
+					t.Logf("gVisor itself refuses source %s: %v", source, err)
+				}
+			}
+			if err := r.a.sendFromPod(from, mustJSON(t, []probe.Packet{packet(self, "control gVisor")})); err != nil {
+				t.Errorf("control: a raw packet with the pod's own source: %v", err)
+			}
+			var packets []probe.Packet
+			for name, source := range spoofed {
+				packets = append(packets, packet(source, "SPOOFED netns "+name))
+			}
+			packets = append(packets, packet(self, "control netns"))
+			for i := range packets {
+				packets[i].Interface, packets[i].Gateway = "eth0", gateway
+			}
+			sendFrom(t, netns, packets...)
+
+			// What was sent before the control on the same path came before it, if it came.
+			controls := 0
+			for _, line := range saw.lines(t) {
+				if strings.Contains(line, "SPOOFED") {
+					t.Errorf("LEAK: %s arrived at %s", line, target)
+				}
+				if strings.Contains(line, "control") {
+					controls++
+				}
+			}
+			if controls != 2 {
+				t.Errorf("%d of 2 control packets arrived at %s: %s", controls, target, saw.out.String())
+			}
+		})
+	}
+}
+
+// nextHop is the hardware address of the portal's end of a pod's link.
+func (r *rivals) nextHop(t *testing.T, tn tenant, pod, netns string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "nsenter", "--net="+netns, "ip", "-o", "link", "show", "eth0").CombinedOutput()
+	if err != nil {
+		t.Fatalf("link of %s: %v: %s", pod, err, out)
+	}
+	peer := regexp.MustCompile(`eth0@if(\d+):`).FindSubmatch(out)
+	if peer == nil {
+		t.Fatalf("eth0 of %s has no peer: %s", pod, out)
+	}
+	portal := kubectl(t, admin, "get", "network", tn.name, "-o", "jsonpath=h8s-{.status.id}")
+	links := onNode(t, r.node(tn, pod), "ip -n "+portal+" -o link")
+	mac := regexp.MustCompile(`(?m)^` + string(peer[1]) + `: p[0-9a-f]{10}@.* link/ether (\S+)`).FindStringSubmatch(links)
+	if mac == nil {
+		t.Fatalf("no link %s in %s: %s", peer[1], portal, links)
+	}
+	return mac[1]
+}
+
+// testForgedVXLAN sends the overlay's own packets from where none may come. A
+// packet that is taken for the overlay's would reach any pod of any tenant.
+func (r *rivals) testForgedVXLAN(t *testing.T) {
+	const victim = "a3"
+	node := r.node(r.a, victim) // n2
+	vni := kubectl(t, admin, "get", "network", r.a.name, "-o", "jsonpath={.status.id}")
+	var id uint32
+	if _, err := fmt.Sscan(vni, &id); err != nil {
+		t.Fatalf("the Network's id is %q: %v", vni, err)
+	}
+	const mark = "h8s-forged"
+	saw := captureIn(t, victim, r.a.netnsOf(t, node, victim), "eth0", mark, mark+" control")
+	forge := func(label string) []byte {
+		return vxlan(t, id, r.nodeIP[r.n1], r.nodeIP[node], r.ip(r.a, "a1"), r.ip(r.a, victim), mark+" "+label)
+	}
+	port := netip.AddrPortFrom(netip.MustParseAddr(r.nodeIP[node]), 4789)
+	outer := func(source, label string) probe.Packet {
+		return probe.Packet{Source: netip.AddrPortFrom(netip.MustParseAddr(source), 51000), Destination: port, Payload: forge(label)}
+	}
+
+	for _, p := range r.pods[r.def.name] {
+		own, other := r.ip(r.def, p), r.nodeIP[r.n1]
+		// In the clear, and with the address of a node as the source.
+		for label, source := range map[string]string{"own source": own, "node's source": other, "target's source": r.nodeIP[node]} {
+			if err := r.def.sendFromPod(p, mustJSON(t, []probe.Packet{outer(source, "FORGED by "+p+" with "+label)})); err != nil {
+				t.Errorf("a raw packet from the default network: %v", err)
+			}
+		}
+	}
+	for _, tn := range []tenant{r.a, r.b} {
+		for _, p := range r.pods[tn.name] {
+			for label, source := range map[string]string{"own source": r.ip(tn, p), "node's source": r.nodeIP[r.n1]} {
+				if err := tn.sendFromPod(p, mustJSON(t, []probe.Packet{outer(source, "FORGED by "+tn.name+"/"+p+" with "+label)})); err != nil {
+					t.Logf("gVisor itself refuses source %s: %v", source, err)
+				}
+			}
+		}
+	}
+	// The same bytes from the node that may send them arrive.
+	sendFrom(t, nodeNetns(t, r.n1), outer(r.nodeIP[r.n1], "control"))
+	for _, line := range saw.lines(t) {
+		if strings.Contains(line, "FORGED") {
+			t.Errorf("LEAK: %s arrived at %s", line, victim)
+		}
+	}
+}
+
+// vxlan is a VXLAN payload (RFC 7348) that holds one UDP datagram.
+func vxlan(t testing.TB, vni uint32, fromNode, toNode, source, destination, payload string) []byte {
+	t.Helper()
+	mac := func(node string) []byte {
+		a := netip.MustParseAddr(node).As4()
+		return append([]byte{0x0a, 0x58}, a[:]...)
+	}
+	b := []byte{0x08, 0, 0, 0}
+	b = binary.BigEndian.AppendUint32(b, vni<<8)
+	b = append(append(append(b, mac(toNode)...), mac(fromNode)...), 0x08, 0x00)
+	inner := probe.Packet{
+		Source:      netip.AddrPortFrom(netip.MustParseAddr(source), 4000),
+		Destination: netip.AddrPortFrom(netip.MustParseAddr(destination), 8080),
+		Payload:     []byte(payload),
+	}
+	return append(b, inner.IP()...)
+}

@@ -1,0 +1,781 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	authorizationv1 "k8s.io/api/authorization/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/discovery"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// TestTenancy plays an owner who uses her own tenant and tries to reach another's.
+func TestTenancy(t *testing.T) {
+	acme := newTenant(t, "tenancy-acme", "10.0.0.0/16")
+	globex := newTenant(t, "tenancy-globex", "10.0.0.0/16")
+	acme.run(t, pod("web", "", ""))
+	globex.run(t, pod("web", "", ""), "apiVersion: v1\nkind: Secret\nmetadata: {name: treasure}\nstringData: {key: secret}\n")
+	acme.waitReady(t, "web")
+	globex.waitReady(t, "web")
+
+	t.Run("Admin", func(t *testing.T) { testNamespaceAdmin(t, acme) })
+	t.Run("Matrix", func(t *testing.T) { testMatrix(t, acme, globex) })
+	t.Run("Rules", func(t *testing.T) { testRules(t, acme, globex) })
+	t.Run("Refused", func(t *testing.T) { testTenantRefusals(t, acme, globex) })
+	t.Run("ServiceAccount", func(t *testing.T) { testServiceAccount(t, acme, globex) })
+	t.Run("Operator", func(t *testing.T) { testOperatorNamespace(t, acme) })
+	t.Run("Members", func(t *testing.T) { testMembers(t, acme) })
+	t.Run("Disabled", func(t *testing.T) { testDisabledUser(t, acme) })
+}
+
+// testNamespaceAdmin does what a person does in a namespace of her own.
+func testNamespaceAdmin(t *testing.T, tn tenant) {
+	ns := func(args ...string) []string { return append([]string{"-n", tn.ns}, args...) }
+	do := func(want string, args ...string) {
+		t.Helper()
+		out := kubectl(t, tn.owner, ns(args...)...)
+		if !strings.Contains(out, want) {
+			t.Errorf("kubectl %s printed %q, which does not contain %q", strings.Join(args, " "), out, want)
+		}
+	}
+	if got := kubectl(t, tn.owner, "get", "namespace", tn.ns, "-o",
+		`jsonpath={.metadata.labels.h8s\.io/tenant} {.metadata.labels.h8s\.io/network} {.metadata.annotations.h8s\.io/creator}`); got != tn.name+" "+tn.name+" "+tn.owner {
+		t.Errorf("labels of the namespace: tenant, network and creator are %q", got)
+	}
+	do("hello", "exec", "web", "--", "echo", "hello")
+	do("netexec", "exec", "web", "--", "cat", "/proc/1/cmdline")
+	do("Started HTTP server", "logs", "web")
+	t.Run("port-forward", func(t *testing.T) { testPortForward(t, tn) })
+	t.Run("cp", func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(file, []byte("there and back"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		kubectl(t, tn.owner, ns("cp", file, "web:/tmp/file")...)
+		kubectl(t, tn.owner, ns("cp", "web:/tmp/file", file+".back")...)
+		got, err := os.ReadFile(file + ".back")
+		if err != nil || string(got) != "there and back" {
+			t.Errorf("the file came back as %q, %v", got, err)
+		}
+	})
+	do("created", "create", "deployment", "app", "--image=localhost/agnhost:latest", "--replicas=2", "--", "/agnhost", "pause")
+	do("patched", "patch", "deployment", "app", "--type=json", "-p",
+		`[{"op":"add","path":"/spec/template/spec/containers/0/imagePullPolicy","value":"Never"},{"op":"add","path":"/spec/template/spec/terminationGracePeriodSeconds","value":1}]`)
+	do("successfully rolled out", "rollout", "status", "deployment/app", "--timeout=90s")
+	do("scaled", "scale", "deployment/app", "--replicas=1")
+	do("restarted", "rollout", "restart", "deployment/app")
+	do("successfully rolled out", "rollout", "status", "deployment/app", "--timeout=90s")
+	do("exposed", "expose", "deployment/app", "--port=80", "--target-port=8080")
+	do("created", "create", "configmap", "settings", "--from-literal=a=b")
+	do("created", "create", "secret", "generic", "password", "--from-literal=a=b")
+	do("created", "create", "serviceaccount", "robot")
+	do("created", "create", "role", "reader", "--verb=get,list", "--resource=pods")
+	do("created", "create", "rolebinding", "reader", "--role=reader", "--serviceaccount="+tn.ns+":robot")
+	do("created", "create", "job", "once", "--image=localhost/busybox:latest", "--", "true")
+	do("created", "create", "cronjob", "nightly", "--image=localhost/busybox:latest", "--schedule=0 3 * * *", "--", "true")
+	do("created", "create", "ingress", "front", "--rule=example.com/*=app:80")
+	do("created", "create", "poddisruptionbudget", "app", "--selector=app=app", "--min-available=1")
+	do("autoscaled", "autoscale", "deployment/app", "--max=2", "--cpu=80%")
+	do("annotated", "annotate", "pod", "web", "example.com/note=mine")
+	do("labeled", "label", "pod", "web", "tier=front")
+	do("Scheduled", "get", "events", "--field-selector=involvedObject.name=web")
+	do("", "auth", "can-i", "delete", "pods")
+	kubectl(t, tn.owner, ns("delete", "deployment/app", "service/app", "configmap/settings", "secret/password", "serviceaccount/robot", "role/reader",
+		"rolebinding/reader", "job/once", "cronjob/nightly", "ingress/front", "poddisruptionbudget/app", "horizontalpodautoscaler/app", "--wait=false")...)
+
+	// A namespace of a name that the server makes, and without ceremony.
+	name := kubectl(t, tn.owner, "create", "-o", "jsonpath={.metadata.name}", "-f", manifest(t, "apiVersion: v1\nkind: Namespace\nmetadata: {generateName: tenancy-}\n"))
+	eventually(t, 10*time.Second, func() error {
+		_, err := try(tn.owner, "create", "configmap", "c", "-n", name)
+		return err
+	})
+	kubectl(t, tn.owner, "delete", "namespace", name, "--timeout=60s")
+	kubectl(t, tn.owner, "get", "tenant", tn.name)
+	kubectl(t, tn.owner, "get", "network", tn.name)
+}
+
+func testPortForward(t *testing.T, tn tenant) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, filepath.Join(cluster.bin, "kubectl"), "port-forward", "-n", tn.ns, "pod/web", ":8080", "--address=127.0.0.1")
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+kubeconfigPath(tn.owner))
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { cancel(); _ = cmd.Wait() }()
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Fatalf("port-forward: %v", err)
+	}
+	// Forwarding from 127.0.0.1:40123 -> 8080
+	fields := strings.Fields(line)
+	if len(fields) < 3 {
+		t.Fatalf("port-forward said %q", line)
+	}
+	client := http.Client{Timeout: 10 * time.Second}
+	eventually(t, 15*time.Second, func() error {
+		resp, err := client.Get("http://" + fields[2] + "/echo?msg=through")
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil || string(body) != "through" {
+			return fmt.Errorf("answer %q, %w", body, err)
+		}
+		return nil
+	})
+}
+
+// manifest writes YAML to a file, for commands that take one.
+func manifest(t testing.TB, yaml string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "manifest.yaml")
+	if err := os.WriteFile(path, []byte(yaml), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// ownNamespace is what an owner may do in a namespace of her tenant, resources and
+// verbs as `kubectl api-resources -o wide` names them: the aggregated role "admin"
+// of Kubernetes 1.36. Every other pair that the API server knows is forbidden.
+var ownNamespace = func() map[string][]string {
+	const (
+		read  = "get list watch "
+		write = "create update patch delete deletecollection "
+	)
+	allowed := map[string][]string{}
+	for _, row := range []struct{ verbs, resources string }{
+		{read + write, `pods replicationcontrollers serviceaccounts services persistentvolumeclaims configmaps secrets events
+			deployments.apps statefulsets.apps daemonsets.apps replicasets.apps horizontalpodautoscalers.autoscaling
+			jobs.batch cronjobs.batch poddisruptionbudgets.policy networkpolicies.networking.k8s.io ingresses.networking.k8s.io
+			leases.coordination.k8s.io events.events.k8s.io resourceclaims.resource.k8s.io resourceclaimtemplates.resource.k8s.io
+			roles.rbac.authorization.k8s.io rolebindings.rbac.authorization.k8s.io`},
+		{read, `endpoints limitranges resourcequotas controllerrevisions.apps endpointslices.discovery.k8s.io`},
+		{read + write, `pods/attach pods/exec pods/portforward pods/proxy services/proxy
+			replicationcontrollers/scale deployments.apps/scale statefulsets.apps/scale replicasets.apps/scale`},
+		{read, `pods/log pods/status services/status persistentvolumeclaims/status resourcequotas/status replicationcontrollers/status
+			deployments.apps/status statefulsets.apps/status daemonsets.apps/status replicasets.apps/status
+			horizontalpodautoscalers.autoscaling/status jobs.batch/status cronjobs.batch/status
+			poddisruptionbudgets.policy/status ingresses.networking.k8s.io/status resourceclaims.resource.k8s.io/status`},
+		{"create", `pods/eviction serviceaccounts/token localsubjectaccessreviews.authorization.k8s.io`},
+		{"impersonate", `serviceaccounts`},
+	} {
+		for _, r := range strings.Fields(row.resources) {
+			allowed[r] = append(allowed[r], strings.Fields(row.verbs)...)
+		}
+	}
+	return allowed
+}()
+
+// everywhere is what anybody who is authenticated may do: learn about herself.
+// Discovery is no resource.
+var everywhere = map[string][]string{
+	"selfsubjectaccessreviews.authorization.k8s.io": {"create"},
+	"selfsubjectrulesreviews.authorization.k8s.io":  {"create"},
+	"selfsubjectreviews.authentication.k8s.io":      {"create"},
+}
+
+// cell is one question of the matrix.
+type cell struct {
+	verb, resource, subresource string
+	group, version              string
+	namespace, name             string
+}
+
+func (c cell) resourceName() string {
+	r := c.resource
+	if c.group != "" {
+		r += "." + c.group
+	}
+	if c.subresource != "" {
+		r += "/" + c.subresource
+	}
+	return r
+}
+
+func (c cell) String() string {
+	where := "the cluster"
+	if c.namespace != "" {
+		where = c.namespace
+	}
+	if c.name != "" {
+		where += " (" + c.name + ")"
+	}
+	return c.verb + " " + c.resourceName() + " in " + where
+}
+
+// request is the HTTP request that asks for it. It changes nothing where it is
+// allowed: a dry run, or of an object that does not exist.
+func (c cell) request() (method, path string, body any) {
+	path = "/apis/" + c.group + "/" + c.version
+	if c.group == "" {
+		path = "/api/" + c.version
+	}
+	if c.namespace != "" && c.resource != "namespaces" {
+		path += "/namespaces/" + c.namespace
+	}
+	path += "/" + c.resource
+	name := c.name
+	if name == "" {
+		name = "no-such-object"
+	}
+	object := map[string]any{"metadata": map[string]any{"name": name}}
+	if c.resource == "rolebindings" || c.resource == "clusterrolebindings" {
+		// Without it the API server fails before it has looked at the rest.
+		object["roleRef"] = map[string]any{"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "view"}
+	}
+	named := path + "/" + name
+	if c.subresource != "" {
+		named += "/" + c.subresource
+	}
+	// In the body: a DELETE that has one ignores the query.
+	deletion := map[string]any{"apiVersion": "v1", "kind": "DeleteOptions", "dryRun": []string{"All"}}
+	switch c.verb {
+	case "get":
+		return http.MethodGet, named, nil
+	case "list":
+		return http.MethodGet, path + "?limit=1", nil
+	case "watch":
+		return http.MethodGet, path + "?watch=true&timeoutSeconds=1", nil
+	case "create":
+		if c.subresource != "" {
+			return http.MethodPost, named + "?dryRun=All", object
+		}
+		return http.MethodPost, path + "?dryRun=All", object
+	case "update":
+		return http.MethodPut, named + "?dryRun=All", object
+	case "patch":
+		return http.MethodPatch, named + "?dryRun=All", map[string]any{}
+	case "delete":
+		return http.MethodDelete, named, deletion
+	case "deletecollection":
+		return http.MethodDelete, path, deletion
+	}
+	return "", "", nil // not a request by itself: impersonate, bind, escalate …
+}
+
+// testMatrix asks for every verb on every resource that the API server serves, in
+// every kind of place, twice: by a SelfSubjectAccessReview, as `kubectl auth
+// can-i` does, and by the request itself.
+func testMatrix(t *testing.T, acme, globex tenant) {
+	cells := discoverCells(t, acme, globex)
+	client := newAPIClient(t, acme.owner)
+	type verdict struct{ review, request string }
+	verdicts := make([]verdict, len(cells))
+	var g errgroup.Group
+	g.SetLimit(4)
+	for i, c := range cells {
+		g.Go(func() error {
+			review, err := post(client, "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", authorizationv1.SelfSubjectAccessReview{
+				Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &authorizationv1.ResourceAttributes{
+					Verb: c.verb, Group: c.group, Version: c.version, Resource: c.resource, Subresource: c.subresource, Namespace: c.namespace, Name: c.name,
+				}},
+			})
+			if err != nil {
+				return fmt.Errorf("%s: %w", c, err)
+			}
+			v := verdict{review: word(review.Status.Allowed)}
+			if method, path, body := c.request(); method != "" {
+				code, answer, err := client.do(method, path, body)
+				if err != nil {
+					return fmt.Errorf("%s: %w", c, err)
+				}
+				if code == http.StatusUnauthorized || code >= http.StatusInternalServerError && code != http.StatusNotImplemented {
+					return fmt.Errorf("%s: %d: %s", c, code, answer)
+				}
+				// Admission refuses with the same code, and other words.
+				v.request = word(code != http.StatusForbidden || !strings.Contains(answer, "cannot "+c.verb+" resource"))
+			}
+			verdicts[i] = v
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	counts := map[string]int{}
+	for i, c := range cells {
+		want := word(mayOwner(acme, c))
+		counts[want]++
+		if got := verdicts[i].review; got != want {
+			t.Errorf("can-i %s: %s, want %s", c, got, want)
+		}
+		if got := verdicts[i].request; got != "" && got != want {
+			t.Errorf("%s: %s, want %s", c, got, want)
+		}
+	}
+	t.Logf("%d questions: %v", len(cells), counts)
+	if counts["allowed"] < 150 || counts["forbidden"] < 1000 {
+		t.Errorf("%v is fewer than Kubernetes has: the matrix is not whole", counts)
+	}
+}
+
+func word(allowed bool) string {
+	if allowed {
+		return "allowed"
+	}
+	return "forbidden"
+}
+
+// mayOwner is the whole truth about an owner.
+func mayOwner(tn tenant, c cell) bool {
+	r := c.resourceName()
+	if slices.Contains(everywhere[r], c.verb) {
+		return true
+	}
+	switch {
+	case r == "namespaces" && c.name == tn.ns:
+		return slices.Contains([]string{"get", "delete"}, c.verb)
+	case r == "namespaces/status" && c.name == tn.ns:
+		return c.verb == "get"
+	case r == "namespaces" && c.name == "":
+		return c.verb == "create"
+	case (r == "tenants.h8s.io" || r == "networks.h8s.io") && c.name == tn.name:
+		return c.verb == "get"
+	case c.namespace == tn.ns:
+		return slices.Contains(ownNamespace[r], c.verb)
+	}
+	return false
+}
+
+// discoverCells makes the questions from what the API server says it serves.
+func discoverCells(t *testing.T, acme, globex tenant) []cell {
+	t.Helper()
+	dc, err := discovery.NewDiscoveryClientForConfig(restConfig(t, admin))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, lists, err := dc.ServerGroupsAndResources()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var cells []cell
+	seen := map[string]bool{}
+	for _, list := range lists {
+		group, version, found := strings.Cut(list.GroupVersion, "/")
+		if !found {
+			group, version = "", group
+		}
+		for _, r := range list.APIResources {
+			resource, sub, _ := strings.Cut(r.Name, "/")
+			c := cell{resource: resource, subresource: sub, group: group, version: version}
+			if seen[c.resourceName()] {
+				continue
+			}
+			seen[c.resourceName()] = true
+			cells = append(cells, cellsOf(c, r, acme, globex)...)
+		}
+	}
+	// Verbs that authorizers know and discovery does not list.
+	for _, c := range []cell{
+		{verb: "impersonate", resource: "users"},
+		{verb: "impersonate", resource: "groups", name: "system:masters"},
+		{verb: "impersonate", resource: "users", name: globex.owner},
+		{verb: "impersonate", resource: "uids", group: "authentication.k8s.io"},
+		{verb: "impersonate", resource: "serviceaccounts", namespace: acme.ns, name: "default"},
+		{verb: "impersonate", resource: "serviceaccounts", namespace: globex.ns, name: "default"},
+		{verb: "impersonate", resource: "serviceaccounts", namespace: "kube-system", name: "default"},
+		{verb: "impersonate", resource: "serviceaccounts", namespace: "h8s-system", name: "h8s-controller"},
+		{verb: "bind", resource: "clusterroles", group: "rbac.authorization.k8s.io", name: "cluster-admin"},
+		{verb: "bind", resource: "roles", group: "rbac.authorization.k8s.io", namespace: acme.ns},
+		{verb: "escalate", resource: "roles", group: "rbac.authorization.k8s.io", namespace: acme.ns},
+		{verb: "approve", resource: "signers", group: "certificates.k8s.io", name: "kubernetes.io/kube-apiserver-client"},
+		{verb: "sign", resource: "signers", group: "certificates.k8s.io", name: "kubernetes.io/kube-apiserver-client"},
+		{verb: "get", resource: "nodes", subresource: "log", version: "v1"},
+		{verb: "get", resource: "nodes", subresource: "metrics", version: "v1"},
+		{verb: "get", resource: "nodes", subresource: "stats", version: "v1"},
+	} {
+		cells = append(cells, c)
+	}
+	return cells
+}
+
+func cellsOf(c cell, r metav1.APIResource, acme, globex tenant) []cell {
+	type place struct{ namespace, name string }
+	var named, unnamed []place
+	switch {
+	case r.Namespaced:
+		for _, ns := range []string{acme.ns, globex.ns, "kube-system", "h8s-system", "default"} {
+			named, unnamed = append(named, place{ns, ""}), append(unnamed, place{ns, ""})
+		}
+		unnamed = append(unnamed, place{}) // all namespaces
+	case c.resource == "namespaces":
+		for _, ns := range []string{acme.ns, globex.ns, "kube-system", "h8s-system"} {
+			named = append(named, place{ns, ns})
+		}
+		unnamed = []place{{}}
+	case c.resource == "tenants" || c.resource == "networks":
+		named, unnamed = []place{{"", acme.name}, {"", globex.name}}, []place{{}}
+	case c.resource == "users":
+		named, unnamed = []place{{"", acme.owner}, {"", globex.owner}}, []place{{}}
+	default:
+		named, unnamed = []place{{}}, []place{{}}
+	}
+	var cells []cell
+	for _, verb := range r.Verbs {
+		places := unnamed
+		switch verb {
+		case "get", "update", "patch", "delete":
+			places = named
+		case "create", "deletecollection":
+			if c.subresource != "" {
+				places = named
+			} else if r.Namespaced {
+				places = named // there is no creating in all namespaces
+			}
+		}
+		for _, p := range places {
+			c.verb, c.namespace, c.name = verb, p.namespace, p.name
+			cells = append(cells, c)
+		}
+	}
+	return cells
+}
+
+// testRules reads the rules as `kubectl auth can-i --list` shows them: outside her
+// namespaces an owner has the same few everywhere.
+func testRules(t *testing.T, acme, globex tenant) {
+	client := newAPIClient(t, acme.owner)
+	rules := func(ns string) []string {
+		review, err := post(client, "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", authorizationv1.SelfSubjectRulesReview{
+			Spec: authorizationv1.SelfSubjectRulesReviewSpec{Namespace: ns},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var lines []string
+		for _, r := range review.Status.ResourceRules {
+			for _, group := range r.APIGroups {
+				for _, resource := range r.Resources {
+					slices.Sort(r.Verbs)
+					lines = append(lines, strings.TrimSpace(fmt.Sprintf("%s %s.%s %s", strings.Join(r.Verbs, ","), resource, group, strings.Join(r.ResourceNames, ","))))
+				}
+			}
+		}
+		slices.Sort(lines)
+		return slices.Compact(lines)
+	}
+	want := []string{
+		"create namespaces.",
+		"create selfsubjectaccessreviews.authorization.k8s.io",
+		"create selfsubjectreviews.authentication.k8s.io",
+		"create selfsubjectrulesreviews.authorization.k8s.io",
+		"get,list,watch namespaces. " + acme.ns,
+		"get,list,watch networks.h8s.io " + acme.name,
+		"get,list,watch tenants.h8s.io " + acme.name,
+	}
+	for _, ns := range []string{globex.ns, "kube-system", "h8s-system", "default"} {
+		if diff := cmp.Diff(want, rules(ns)); diff != "" {
+			t.Errorf("rules in %s (- want, + got):\n%s", ns, diff)
+		}
+	}
+}
+
+// testTenantRefusals tries what the roles would allow and isolation does not.
+func testTenantRefusals(t *testing.T, acme, globex tenant) {
+	namespace := func(meta string) string { return "apiVersion: v1\nkind: Namespace\nmetadata: {" + meta + "}\n" }
+	binding := func(subject string) string {
+		return fmt.Sprintf(`
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: back-door, namespace: %s}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}
+subjects: [%s]
+`, acme.ns, subject)
+	}
+	create := []string{"create", "-f", "-"}
+	table := map[string]struct {
+		args  []string
+		stdin string
+		want  string
+	}{
+		"list namespaces":           {args: []string{"get", "namespaces"}, want: "cannot list"},
+		"read another's secret":     {args: []string{"get", "secret", "treasure", "-n", globex.ns}, want: "cannot get"},
+		"exec in another's pod":     {args: []string{"exec", "-n", globex.ns, "web", "--", "true"}, want: "cannot"},
+		"logs of another's pod":     {args: []string{"logs", "-n", globex.ns, "web"}, want: "cannot get"},
+		"port-forward to another's": {args: []string{"port-forward", "-n", globex.ns, "web", ":8080"}, want: "cannot"},
+		"delete another's namespace": {
+			args: []string{"delete", "namespace", globex.ns}, want: "cannot delete",
+		},
+		"label of the tenant":  {args: []string{"label", "namespace", acme.ns, "h8s.io/tenant=" + globex.name, "--overwrite"}, want: "cannot patch"},
+		"label of the network": {args: []string{"label", "namespace", acme.ns, "h8s.io/network=" + globex.name, "--overwrite"}, want: "cannot patch"},
+		"annotation of sandboxes": {
+			args: []string{"annotate", "namespace", acme.ns, "h8s.io/sandboxes=runc", "--overwrite"}, want: "cannot patch",
+		},
+		"pod security label": {
+			args: []string{"label", "namespace", acme.ns, "pod-security.kubernetes.io/enforce=privileged", "--overwrite"}, want: "cannot patch",
+		},
+		"her tenant":            {args: []string{"patch", "tenant", acme.name, "--type=merge", "-p", `{"spec":{"quota":{"namespaces":1000}}}`}, want: "cannot patch"},
+		"her network":           {args: []string{"patch", "network", acme.name, "--type=merge", "-p", `{"spec":{"egress":{"internet":false}}}`}, want: "cannot patch"},
+		"another's tenant":      {args: []string{"get", "tenant", globex.name}, want: "cannot get"},
+		"a quota of her own":    {args: []string{"create", "quota", "mine", "--hard=pods=1000", "-n", acme.ns}, want: "cannot create"},
+		"delete her quota":      {args: []string{"delete", "quota", "h8s", "-n", acme.ns}, want: "cannot delete"},
+		"another's namespace":   {args: create, stdin: namespace("name: tenancy-x, labels: {h8s.io/tenant: " + globex.name + "}"), want: globex.name},
+		"another's network":     {args: create, stdin: namespace("name: tenancy-x, labels: {h8s.io/network: " + globex.name + "}"), want: "network"},
+		"a sandbox of her own":  {args: create, stdin: namespace("name: tenancy-x, labels: {h8s.io/sandbox: runc}"), want: "h8s.io/sandbox"},
+		"sandboxes of her own":  {args: create, stdin: namespace("name: tenancy-x, annotations: {h8s.io/sandboxes: runc}"), want: "h8s.io/sandboxes"},
+		"no pod security":       {args: create, stdin: namespace("name: tenancy-x, labels: {pod-security.kubernetes.io/enforce: privileged}"), want: "pod-security.kubernetes.io/enforce"},
+		"bind a user":           {args: create, stdin: binding("{apiGroup: rbac.authorization.k8s.io, kind: User, name: " + globex.owner + "}"), want: "ServiceAccount"},
+		"bind a group":          {args: create, stdin: binding("{apiGroup: rbac.authorization.k8s.io, kind: Group, name: 'system:authenticated'}"), want: "ServiceAccount"},
+		"bind another's robot":  {args: create, stdin: binding("{kind: ServiceAccount, name: default, namespace: " + globex.ns + "}"), want: "ServiceAccount"},
+		"bind a robot and more": {args: create, stdin: binding("{kind: ServiceAccount, name: default, namespace: " + acme.ns + "}, {apiGroup: rbac.authorization.k8s.io, kind: User, name: x}"), want: "ServiceAccount"},
+		"escalate": {
+			args: []string{"create", "role", "more", "--verb=create", "--resource=resourcequotas", "-n", acme.ns}, want: "attempting to grant RBAC permissions not currently held",
+		},
+		"bind cluster-admin": {
+			args: []string{"create", "rolebinding", "more", "--clusterrole=cluster-admin", "--serviceaccount=" + acme.ns + ":default", "-n", acme.ns},
+			want: "attempting to grant RBAC permissions not currently held",
+		},
+		"be the operator":       {args: []string{"get", "nodes", "--as=admin", "--as-group=system:masters"}, want: "cannot impersonate"},
+		"pods/proxy":            {args: []string{"get", "--raw", "/api/v1/namespaces/" + acme.ns + "/pods/web:8080/proxy/"}, want: "port-forward"},
+		"services/proxy":        {args: []string{"get", "--raw", "/api/v1/namespaces/" + acme.ns + "/services/web:8080/proxy/"}, want: "port-forward"},
+		"metrics of the server": {args: []string{"get", "--raw", "/metrics"}, want: "cannot get path"},
+	}
+	for name, test := range table {
+		t.Run(name, func(t *testing.T) { refused(t, acme.owner, test.stdin, test.want, test.args...) })
+	}
+	// Not even an operator's own credentials may make the API server dial a tenant's address.
+	t.Run("pods/proxy of the operator", func(t *testing.T) {
+		refused(t, admin, "", "port-forward", "get", "--raw", "/api/v1/namespaces/"+acme.ns+"/pods/web:8080/proxy/")
+	})
+	t.Run("someone of no tenant", func(t *testing.T) {
+		apply(t, admin, "apiVersion: h8s.io/v1alpha1\nkind: User\nmetadata: {name: tenancy-nobody}\n")
+		defer func() { _, _ = try(admin, "delete", "user", "tenancy-nobody") }()
+		if err := writeKubeconfig("tenancy-nobody"); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, "tenancy-nobody", "", "cannot create", "create", "namespace", "tenancy-x")
+		refused(t, "tenancy-nobody", "", "cannot list", "get", "pods", "-n", acme.ns)
+	})
+}
+
+// testServiceAccount: a token of a tenant's ServiceAccount, also one with all that
+// its owner can give, is worth nothing elsewhere.
+func testServiceAccount(t *testing.T, acme, globex tenant) {
+	kubectl(t, acme.owner, "create", "rolebinding", "robot", "--clusterrole=admin", "--serviceaccount="+acme.ns+":default", "-n", acme.ns)
+	defer func() { kubectl(t, acme.owner, "delete", "rolebinding", "robot", "-n", acme.ns) }()
+	token := strings.TrimSpace(kubectl(t, acme.owner, "create", "token", "default", "-n", acme.ns))
+	// The kubeconfig without its user: kubectl prefers the certificate to --token.
+	server := strings.TrimSpace(kubectl(t, admin, "config", "view", "--minify", "-o", "jsonpath={.clusters[0].cluster.server}"))
+	as := func(args ...string) (string, error) {
+		return try("tenancy-token", append(args, "--token="+token, "--server="+server, "--insecure-skip-tls-verify")...)
+	}
+	if err := os.WriteFile(kubeconfigPath("tenancy-token"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := as("get", "secrets", "-n", acme.ns); err != nil {
+		t.Errorf("in its own namespace: %v", err)
+	}
+	for _, args := range [][]string{
+		{"get", "secrets", "-n", globex.ns},
+		{"get", "pods", "-A"},
+		{"get", "nodes"},
+		{"get", "tenants"},
+		{"get", "networks"},
+		{"get", "blocks"},
+		{"create", "namespace", "tenancy-x"},
+	} {
+		out, err := as(args...)
+		if err == nil || !strings.Contains(err.Error(), "cannot") {
+			t.Errorf("a tenant's ServiceAccount: kubectl %s: %s, %v", strings.Join(args, " "), out, err)
+		}
+	}
+}
+
+// testOperatorNamespace: an operator names only the tenant; the rest follows.
+func testOperatorNamespace(t *testing.T, tn tenant) {
+	const ns = "tenancy-given"
+	apply(t, admin, fmt.Sprintf("apiVersion: v1\nkind: Namespace\nmetadata: {name: %s, labels: {h8s.io/tenant: %s}}\n", ns, tn.name))
+	defer func() { _, _ = try(admin, "delete", "namespace", ns, "--timeout=60s") }()
+	eventually(t, 15*time.Second, func() error {
+		got, err := try(admin, "get", "namespace", ns, "-o",
+			`jsonpath={.metadata.labels.h8s\.io/network} {.metadata.labels.h8s\.io/sandbox} {.metadata.labels.pod-security\.kubernetes\.io/enforce} {.metadata.annotations.h8s\.io/sandboxes}`)
+		if want := tn.name + " gvisor baseline gvisor"; got != want {
+			return fmt.Errorf("labels are %q, want %q, %w", got, want, err)
+		}
+		_, err = try(tn.owner, "get", "pods", "-n", ns)
+		return err
+	})
+}
+
+// testMembers: what each role gives, and that it goes with the membership.
+func testMembers(t *testing.T, tn tenant) {
+	roles := []string{"admin", "edit", "view"}
+	member := func(role string) string { return tn.name + "-" + role }
+	patch := func(members ...string) {
+		t.Helper()
+		list := []string{fmt.Sprintf(`{"kind":"User","name":%q,"role":"owner"}`, tn.owner)}
+		kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", `{"spec":{"members":[`+strings.Join(append(list, members...), ",")+`]}}`)
+	}
+	var members []string
+	for _, role := range roles {
+		apply(t, admin, "apiVersion: h8s.io/v1alpha1\nkind: User\nmetadata: {name: "+member(role)+"}\n")
+		t.Cleanup(func() { _, _ = try(admin, "delete", "user", member(role), "--ignore-not-found") })
+		if err := writeKubeconfig(member(role)); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, member(role), "", "cannot list", "get", "pods", "-n", tn.ns)
+		members = append(members, fmt.Sprintf(`{"kind":"User","name":%q,"role":%q}`, member(role), role))
+	}
+	members = append(members,
+		`{"kind":"Group","name":"tenancy:auditors","role":"view"}`,
+		fmt.Sprintf(`{"kind":"ServiceAccount","name":"%s:default","role":"admin"}`, tn.ns))
+	patch(members...)
+
+	type who struct{ name, as, group string }
+	subjects := map[string]who{
+		"admin": {name: member("admin")},
+		"edit":  {name: member("edit")},
+		"view":  {name: member("view")},
+		"group": {as: "someone", group: "tenancy:auditors"},
+		"robot": {as: "system:serviceaccount:" + tn.ns + ":default"},
+	}
+	canI := func(w who, verb, resource string) string {
+		args := []string{"auth", "can-i", verb, resource}
+		if resource != "namespaces" {
+			args = append(args, "-n", tn.ns)
+		}
+		if w.as != "" {
+			args = append(args, "--as="+w.as)
+		}
+		if w.group != "" {
+			args = append(args, "--as-group="+w.group)
+		}
+		out, _ := try(w.name, args...) // exit code 1 is "no"
+		return strings.TrimSpace(out)
+	}
+	questions := []string{"get pods", "get secrets", "create pods", "create pods/exec", "create rolebindings", "create namespaces", "create resourcequotas"}
+	table := map[string]string{ // answers in the order of the questions
+		"admin": "yes yes yes yes yes yes no",
+		"edit":  "yes yes yes yes no no no",
+		"view":  "yes no no no no no no",
+		"group": "yes no no no no no no",
+		"robot": "yes yes yes yes yes yes no",
+	}
+	for name, want := range table {
+		t.Run(name, func(t *testing.T) {
+			eventually(t, 10*time.Second, func() error {
+				if got := canI(subjects[name], "get", "pods"); got != "yes" {
+					return fmt.Errorf("%s may not read pods: %s", name, got)
+				}
+				return nil
+			})
+			var got []string
+			for _, q := range questions {
+				verb, resource, _ := strings.Cut(q, " ")
+				got = append(got, canI(subjects[name], verb, resource))
+			}
+			if diff := cmp.Diff(want, strings.Join(got, " ")); diff != "" {
+				t.Errorf("%v (- want, + got):\n%s", questions, diff)
+			}
+		})
+	}
+
+	// She is removed, and is out within seconds.
+	patch()
+	for name, w := range subjects {
+		t.Run(name+" removed", func(t *testing.T) {
+			eventually(t, 10*time.Second, func() error {
+				for _, q := range []string{"get pods", "create namespaces"} {
+					verb, resource, _ := strings.Cut(q, " ")
+					if got := canI(w, verb, resource); got != "no" {
+						return fmt.Errorf("may still %s: %s", q, got)
+					}
+				}
+				return nil
+			})
+		})
+	}
+	refused(t, member("admin"), "", "cannot get", "get", "tenant", tn.name)
+	kubectl(t, tn.owner, "get", "pods", "-n", tn.ns)
+}
+
+func testDisabledUser(t *testing.T, tn tenant) {
+	disable := func(disabled bool) {
+		kubectl(t, admin, "patch", "user", tn.owner, "--type=merge", "-p", fmt.Sprintf(`{"spec":{"disabled":%t}}`, disabled))
+	}
+	disable(true)
+	defer disable(false)
+	for _, args := range [][]string{{"get", "pods", "-n", tn.ns}, {"get", "tenant", tn.name}, {"create", "namespace", "tenancy-x"}} {
+		eventually(t, 10*time.Second, func() error {
+			out, err := try(tn.owner, args...)
+			if err == nil || !strings.Contains(err.Error(), "forbidden") && !strings.Contains(err.Error(), "Forbidden") {
+				return fmt.Errorf("a disabled user: %s: %s, %w", strings.Join(args, " "), out, err)
+			}
+			return nil
+		})
+	}
+	// Nor does a new certificate help.
+	if err := writeKubeconfig(tn.owner); err == nil {
+		refused(t, tn.owner, "", "orbidden", "get", "pods", "-n", tn.ns)
+	}
+	disable(false)
+	eventually(t, 10*time.Second, func() error {
+		_, err := try(tn.owner, "get", "pods", "-n", tn.ns)
+		return err
+	})
+}
+
+// TestTenantDeletion holds a deletion up and reads why, then looks for what is left.
+func TestTenantDeletion(t *testing.T) {
+	tn := newTenant(t, "tenancy-gone", "10.0.0.0/16")
+	tn.run(t, pod("web", "", ""), "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: held, finalizers: [example.com/hold]}\n")
+	tn.waitReady(t, "web")
+	id := kubectl(t, admin, "get", "network", tn.name, "-o", "jsonpath={.status.id}")
+	release := func() (string, error) {
+		return try(admin, "patch", "configmap", "held", "-n", tn.ns, "--type=merge", "-p", `{"metadata":{"finalizers":null}}`)
+	}
+	t.Cleanup(func() { _, _ = release() })
+
+	kubectl(t, admin, "delete", "tenant", tn.name, "--wait=false")
+	eventually(t, 60*time.Second, func() error {
+		message, err := try(admin, "get", "tenant", tn.name, "-o", `jsonpath={.status.conditions[?(@.type=="Deleting")].message}`)
+		if err != nil || !strings.Contains(message, tn.ns) {
+			return fmt.Errorf("condition Deleting says %q, which does not name the namespace %s: %w", message, tn.ns, err)
+		}
+		return nil
+	})
+	// First namespaces, then the network: it must still be there.
+	kubectl(t, admin, "get", "network", tn.name)
+	// Nobody makes a namespace in a tenant that goes away.
+	if out, err := try(tn.owner, "create", "namespace", "tenancy-late"); err == nil {
+		t.Errorf("a namespace was made in a tenant that is being deleted: %s", out)
+		_, _ = try(admin, "delete", "namespace", "tenancy-late")
+	}
+	if _, err := release(); err != nil {
+		t.Fatal(err)
+	}
+	kubectl(t, admin, "wait", "--for=delete", "tenant/"+tn.name, "--timeout=60s")
+	for _, gone := range []string{"namespace/" + tn.ns, "network/" + tn.name} {
+		if out, err := try(admin, "get", gone); err == nil {
+			t.Errorf("the tenant is gone and this is not: %s", out)
+		}
+	}
+	out := kubectl(t, admin, "get", "clusterroles,clusterrolebindings,rolebindings,roles,blocks,validatingadmissionpolicies,namespaces", "-A", "-o", "yaml")
+	for line := range strings.Lines(out) {
+		if strings.Contains(line, tn.name) {
+			t.Errorf("the tenant is gone and something still names it: %s", line)
+		}
+	}
+	refused(t, tn.owner, "", "cannot create", "create", "namespace", "tenancy-late")
+	noTraces(t, id)
+}
