@@ -105,7 +105,8 @@ func (tn tenant) netnsOf(t testing.TB, node, pod string) string {
 		if err != nil || json.Unmarshal(data, &a) != nil || a.Namespace != tn.ns || a.Pod != pod {
 			continue
 		}
-		return filepath.Join(root, a.Netns)
+		// As seen from here, an absolute link such as /var/run would lead out of root.
+		return filepath.Join(root, strings.TrimPrefix(a.Netns, "/var"))
 	}
 	t.Fatalf("no attachment of %s/%s on node %s", tn.ns, pod, node)
 	return ""

@@ -58,7 +58,7 @@ func TestBadInput(t *testing.T) {
 		"Tenant/two networks":           {tenantSpec(`network: {cidrs: ["10.0.0.0/16"], name: other}`), "set either network.cidrs"},
 		"Tenant/default not allowed":    {tenantSpec(good + ", sandbox: {default: hyper, allowed: [gvisor]}"), "must be one of sandbox.allowed"},
 		"Tenant/negative quota":         {tenantSpec(good + ", quota: {namespaces: -1}"), "greater than or equal to 0"},
-		"Tenant/unknown field":          {tenantSpec(good + ", netwrok: {}"), `unknown field "spec.netwrok"`},
+		"Tenant/unknown field":          {tenantSpec(good + ", nets: {}"), `unknown field "spec.nets"`},
 		"Tenant/name of 41":             {strings.Replace(tenantSpec(good), "name: bad", "name: "+long, 1), "40 characters at most"},
 		"Tenant/name with dots":         {strings.Replace(tenantSpec(good), "name: bad", "name: bad.example", 1), "must be a DNS label"},
 		"Network/two CIDRs":             {"{apiVersion: h8s.io/v1alpha1, kind: Network, metadata: {name: bad}, spec: {tenant: bad, cidrs: [10.0.0.0/16, 10.1.0.0/16]}}", "at most 1 item"},

@@ -386,7 +386,7 @@ func discoverCells(t *testing.T, acme, globex tenant) []cell {
 		}
 	}
 	// Verbs that authorizers know and discovery does not list.
-	for _, c := range []cell{
+	return append(cells, []cell{
 		{verb: "impersonate", resource: "users"},
 		{verb: "impersonate", resource: "groups", name: "system:masters"},
 		{verb: "impersonate", resource: "users", name: globex.owner},
@@ -403,10 +403,7 @@ func discoverCells(t *testing.T, acme, globex tenant) []cell {
 		{verb: "get", resource: "nodes", subresource: "log", version: "v1"},
 		{verb: "get", resource: "nodes", subresource: "metrics", version: "v1"},
 		{verb: "get", resource: "nodes", subresource: "stats", version: "v1"},
-	} {
-		cells = append(cells, c)
-	}
-	return cells
+	}...)
 }
 
 func cellsOf(c cell, r metav1.APIResource, acme, globex tenant) []cell {
