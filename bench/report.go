@@ -1,0 +1,163 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Report is one run.
+type Report struct {
+	Started time.Time `json:"started"`
+	Seconds float64   `json:"seconds"`
+	Machine Machine   `json:"machine"`
+	Cluster string    `json:"cluster"`
+	Version string    `json:"version"`
+	Rows    []Row     `json:"rows"`
+	// Errors are sections that could not be measured.
+	Errors []string `json:"errors,omitempty"`
+}
+
+// Machine is what the absolute values belong to.
+type Machine struct {
+	Kernel string `json:"kernel"`
+	CPUs   int    `json:"cpus"`
+	CPU    string `json:"cpu"`
+	// LoadBefore is /proc/loadavg when the run began: what else the machine did.
+	LoadBefore string `json:"loadBefore"`
+}
+
+// Row is one comparison.
+type Row struct {
+	// Group is where or on what it was measured, Metric what.
+	Group  string `json:"group"`
+	Metric string `json:"metric"`
+	Unit   string `json:"unit"`
+	Ours   Side   `json:"ours"`
+	// Peer is nil where an absolute value is the result.
+	Peer  *Side  `json:"peer,omitempty"`
+	Ratio *Ratio `json:"ratio,omitempty"`
+	// Target is nil where none was set; the row is there to be known.
+	Target  *Target `json:"target,omitempty"`
+	Verdict string  `json:"verdict,omitempty"`
+	Note    string  `json:"note,omitempty"`
+}
+
+// Side is one of the things compared, with one sample for each round.
+type Side struct {
+	Name    string    `json:"name"`
+	Median  float64   `json:"median"`
+	P10     float64   `json:"p10"`
+	P90     float64   `json:"p90"`
+	Samples []float64 `json:"samples"`
+}
+
+func newSide(name string, samples []float64) Side {
+	return Side{Name: name, Median: median(samples), P10: quantile(samples, 0.1), P90: quantile(samples, 0.9), Samples: samples}
+}
+
+// row compares two sides that were measured in the same rounds.
+func row(group, metric, unit string, ours, peer Side, target *Target) (Row, error) {
+	ratio, err := compare(ours.Samples, peer.Samples)
+	if err != nil {
+		return Row{}, fmt.Errorf("%s of %s against %s, %s: %w", metric, ours.Name, peer.Name, group, err)
+	}
+	r := Row{Group: group, Metric: metric, Unit: unit, Ours: ours, Peer: &peer, Ratio: &ratio, Target: target}
+	if target != nil {
+		r.Verdict = target.verdict(ratio)
+	}
+	return r, nil
+}
+
+func newReport(l *lab) *Report {
+	return &Report{
+		Started: time.Now().UTC().Truncate(time.Second),
+		Cluster: l.name,
+		Version: l.version,
+		Machine: thisMachine(),
+	}
+}
+
+func thisMachine() Machine {
+	m := Machine{CPUs: runtime.NumCPU()}
+	var uts unix.Utsname
+	if unix.Uname(&uts) == nil {
+		m.Kernel = unix.ByteSliceToString(uts.Release[:])
+	}
+	if data, err := os.ReadFile("/proc/loadavg"); err == nil {
+		m.LoadBefore = strings.TrimSpace(string(data))
+	}
+	if data, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(data)) {
+			if key, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(key) == "model name" {
+				m.CPU = strings.TrimSpace(value)
+				break
+			}
+		}
+	}
+	return m
+}
+
+// print writes the table.
+func (r *Report) print(out io.Writer) {
+	fmt.Fprintf(out, "\n%s, kernel %s, %d × %s\n", r.Version, r.Machine.Kernel, r.Machine.CPUs, r.Machine.CPU)
+	fmt.Fprintf(out, "ratio: ours/peer, median of the rounds (p10–p90)\n\n")
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "WHERE\tWHAT\tOURS\tPEER\tRATIO\tTARGET\tVERDICT")
+	for _, row := range r.Rows {
+		peer, ratio := "", ""
+		if row.Peer != nil {
+			peer = fmt.Sprintf("%s %s", number(row.Peer.Median), row.Peer.Name)
+		}
+		if row.Ratio != nil {
+			ratio = fmt.Sprintf("%.2f", row.Ratio.Median)
+			if !row.Ratio.Single {
+				ratio += fmt.Sprintf(" (%.2f–%.2f)", row.Ratio.P10, row.Ratio.P90)
+			}
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s %s\t%s\t%s\t%s\t%s\n",
+			row.Group, row.Metric, number(row.Ours.Median), row.Unit, peer, ratio, row.target(), row.Verdict)
+	}
+	w.Flush()
+	for _, row := range r.Rows {
+		if row.Note != "" {
+			fmt.Fprintf(out, "\n%s, %s: %s\n", row.Group, row.Metric, row.Note)
+		}
+	}
+	for _, e := range r.Errors {
+		fmt.Fprintf(out, "\nnot measured: %s\n", e)
+	}
+}
+
+func (r Row) target() string {
+	if r.Target == nil {
+		return "–"
+	}
+	sign, unit := "≤ ", "×"
+	if r.Target.AtLeast {
+		sign = "≥ "
+	}
+	if r.Ratio == nil {
+		unit = " " + r.Unit
+	}
+	return sign + number(r.Target.Value) + unit
+}
+
+// number has three significant digits, and as many more as there are before the point.
+func number(v float64) string {
+	switch {
+	case v >= 100:
+		return strconv.FormatFloat(v, 'f', 0, 64)
+	case v >= 10:
+		return strconv.FormatFloat(v, 'f', 1, 64)
+	default:
+		return strconv.FormatFloat(v, 'f', 2, 64)
+	}
+}
