@@ -12,7 +12,6 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
-	"sigs.k8s.io/controller-runtime/pkg/webhook"
 
 	"h8s.io/hypernetes/internal/controller"
 )
@@ -73,7 +72,7 @@ func run(f flags) error {
 		Cache:                         controller.CacheOptions(),
 		Metrics:                       metricsserver.Options{BindAddress: "0"},
 		HealthProbeBindAddress:        f.healthAddress,
-		WebhookServer:                 webhook.NewServer(webhook.Options{Port: f.webhookPort, CertDir: f.certDir}),
+		WebhookServer:                 controller.NewWebhookServer("", f.webhookPort, f.certDir),
 		LeaderElection:                true,
 		LeaderElectionID:              "h8s-controller",
 		LeaderElectionNamespace:       f.namespace,

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -28,7 +29,6 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
-	"sigs.k8s.io/controller-runtime/pkg/webhook"
 
 	"h8s.io/hypernetes/api/v1alpha1"
 )
@@ -240,12 +240,10 @@ func startManager(ctx context.Context, admin *rest.Config, hooks *envtest.Webhoo
 	config := rest.CopyConfig(admin)
 	config.Impersonate = rest.ImpersonationConfig{UserName: controllerUser, Groups: []string{"system:serviceaccounts", "system:serviceaccounts:" + release, "system:authenticated"}}
 	mgr, err := ctrl.NewManager(config, ctrl.Options{
-		Scheme:  cluster.scheme,
-		Cache:   CacheOptions(),
-		Metrics: metricsserver.Options{BindAddress: "0"},
-		WebhookServer: webhook.NewServer(webhook.Options{
-			Host: hooks.LocalServingHost, Port: hooks.LocalServingPort, CertDir: hooks.LocalServingCertDir,
-		}),
+		Scheme:        cluster.scheme,
+		Cache:         CacheOptions(),
+		Metrics:       metricsserver.Options{BindAddress: "0"},
+		WebhookServer: NewWebhookServer(hooks.LocalServingHost, hooks.LocalServingPort, hooks.LocalServingCertDir),
 	})
 	if err != nil {
 		return nil, err
@@ -270,16 +268,15 @@ func awaitPolicies(ctx context.Context) error {
 	if err := cluster.admin.Create(ctx, ns); err != nil {
 		return err
 	}
-	wanted := map[string]client.Object{
-		"h8s-pod":        pod(ns.Name, "probe", nil),
-		"h8s-service":    &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: ns.Name, Name: "probe"}, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 80}}, ExternalIPs: []string{"1.2.3.4"}}},
-		"network.h8s.io": networkOf("probe", "nobody-is-a-tenant", "10.0.0.0/16"),
-	}
-	for name, obj := range wanted {
+	for refusal, obj := range map[string]client.Object{
+		"ValidatingAdmissionPolicy 'h8s-pod'":     pod(ns.Name, "probe", nil),
+		"ValidatingAdmissionPolicy 'h8s-service'": &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: ns.Name, Name: "probe"}, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 80}}, ExternalIPs: []string{"1.2.3.4"}}},
+		`"network.h8s.io" denied the request`:     networkOf("probe", "nobody-is-a-tenant", "10.0.0.0/16"),
+	} {
 		err := await(ctx, func() error {
 			err := cluster.admin.Create(ctx, obj.DeepCopyObject().(client.Object), client.DryRunAll)
-			if err == nil || !bytes.Contains([]byte(err.Error()), []byte(name)) {
-				return fmt.Errorf("%s does not refuse yet: %w", name, errors.Join(err))
+			if err == nil || !strings.Contains(err.Error(), refusal) {
+				return fmt.Errorf("no refusal by %s yet: %w", refusal, err)
 			}
 			return nil
 		})

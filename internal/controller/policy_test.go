@@ -543,9 +543,26 @@ func TestNodePolicy(t *testing.T) {
 
 	network := &v1alpha1.Network{ObjectMeta: metav1.ObjectMeta{Name: "agents"}}
 	patch := func(s string) client.Patch { return client.RawPatch("application/merge-patch+json", []byte(s)) }
-	wantRefusal(t, n1.Status().Patch(ctx, network, patch(`{"status":{"id":1}}`)), "may not number Networks")
-	wantRefusal(t, n1.Status().Patch(ctx, network, patch(`{"status":{"id":null}}`)), "may not number Networks")
+	wantRefusal(t, n1.Status().Patch(ctx, network, patch(`{"status":{"id":1}}`)), "the condition Conflict of a Network and nothing else")
+	wantRefusal(t, n1.Status().Patch(ctx, network, patch(`{"status":{"id":null}}`)), "the condition Conflict of a Network and nothing else")
+	wantRefusal(t, n1.Status().Patch(ctx, network, patch(`{"status":{"conditions":[]}}`)), "the condition Conflict of a Network and nothing else")
 	wantRefusal(t, n1.Patch(ctx, network, patch(`{"spec":{"egress":{"internet":false}}}`)), "cannot patch")
+
+	t.Run("nodes", func(t *testing.T) {
+		for name, tt := range map[string]struct{ node, patch, want string }{
+			"its own label":     {"agents-n1", `{"metadata":{"labels":{"h8s.io/node-ready":"true"}}}`, ""},
+			"of another":        {"agents-n2", `{"metadata":{"labels":{"h8s.io/node-ready":"true"}}}`, "of its own node and nothing else"},
+			"another label":     {"agents-n1", `{"metadata":{"labels":{"zone":"a"}}}`, "of its own node and nothing else"},
+			"an annotation":     {"agents-n1", `{"metadata":{"annotations":{"a":"b"}}}`, "of its own node and nothing else"},
+			"its taints":        {"agents-n1", `{"spec":{"taints":[]}}`, "of its own node and nothing else"},
+			"to be schedulable": {"agents-n1", `{"spec":{"unschedulable":true}}`, "of its own node and nothing else"},
+		} {
+			t.Run(name, func(t *testing.T) {
+				node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: tt.node}}
+				wantRefusal(t, n1.Patch(ctx, node, patch(tt.patch), client.DryRunAll), tt.want)
+			})
+		}
+	})
 
 	t.Run("the controller keeps a node's Conflict", func(t *testing.T) {
 		var n v1alpha1.Network

@@ -2,9 +2,11 @@ package controller
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -14,6 +16,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/clock"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/webhook"
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 
 	"h8s.io/hypernetes/api/v1alpha1"
@@ -23,6 +26,22 @@ import (
 // promiseTTL is how long an admitted namespace counts that cannot be seen yet. A
 // creation that fails after admission gives its place back when this is over.
 const promiseTTL = 5 * time.Second
+
+// NewWebhookServer serves with the certificate tls.crt and tls.key of the
+// directory, which is read anew for each connection: a replaced Secret counts
+// without a restart, and without an inotify watch, of which a node has few (128
+// by default). The API server keeps its connections open, so this costs nothing.
+func NewWebhookServer(host string, port int, certDir string) webhook.Server {
+	return webhook.NewServer(webhook.Options{Host: host, Port: port, TLSOpts: []func(*tls.Config){func(c *tls.Config) {
+		c.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			cert, err := tls.LoadX509KeyPair(filepath.Join(certDir, corev1.TLSCertKey), filepath.Join(certDir, corev1.TLSPrivateKeyKey))
+			if err != nil {
+				return nil, fmt.Errorf("read the certificate of the webhooks: %w", err)
+			}
+			return &cert, nil
+		}
+	}}})
+}
 
 // namespaceWebhook puts a namespace into the tenant of the user who creates it.
 // The API server does not call it for operators.
