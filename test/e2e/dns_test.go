@@ -112,14 +112,14 @@ func (s shop) testDNS(t *testing.T) {
 // testForeignNames asks for all the names and addresses that another tenant has,
 // and the operator: for this tenant they do not exist. For their owner they do.
 func (s shop) testForeignNames(t *testing.T) {
-	secret, service := s.rival.ip(t, "secret"), s.rival.clusterIP(t, "secret")
+	secret, clusterIP := s.rival.ip(t, "secret"), s.rival.clusterIP(t, "secret")
 	dashed := strings.ReplaceAll(secret, ".", "-")
 	headless := s.rival.fqdn("secret-headless")
 	for rivalQuery, data := range map[probe.Query]string{
-		{Name: s.rival.fqdn("secret"), Type: "A"}: service,
+		{Name: s.rival.fqdn("secret"), Type: "A"}: clusterIP,
 		{Name: headless, Type: "A"}:               secret,
 		{Name: "secret." + headless, Type: "A"}:   secret,
-		{Name: reverse(service), Type: "PTR"}:     s.rival.fqdn("secret") + ".",
+		{Name: reverse(clusterIP), Type: "PTR"}:   s.rival.fqdn("secret") + ".",
 	} {
 		if err := differs(rivalQuery, s.rival.ask(t, "secret", rivalQuery)[0], "NOERROR", data); err != nil {
 			t.Errorf("control: for its owner: %v", err)
@@ -137,7 +137,7 @@ func (s shop) testForeignNames(t *testing.T) {
 		{Name: "_http._tcp." + headless, Type: "SRV"},
 		{Name: dashed + "." + s.rival.ns + ".pod.cluster.local", Type: "A"},
 		{Name: s.rival.ns + ".svc.cluster.local", Type: "A"}, // that the namespace exists is nobody's business
-		{Name: reverse(service), Type: "PTR"},
+		{Name: reverse(clusterIP), Type: "PTR"},
 		{Name: reverse(unusedServiceIP), Type: "PTR"},
 	}
 	// An address of the rival's that this tenant has too is this tenant's.
@@ -155,6 +155,12 @@ func (s shop) testForeignNames(t *testing.T) {
 		if err := differs(queries[i], a, "NXDOMAIN"); err != nil {
 			t.Errorf("LEAK: %v", err)
 		}
+	}
+	// An alias leads no further than the name itself.
+	s.run(t, service("alias", "type: ExternalName, externalName: "+s.rival.fqdn("secret")))
+	s.eventuallyAnswer(t, probe.Query{Name: s.fqdn("alias"), Type: "CNAME"}, "NOERROR", s.rival.fqdn("secret")+".")
+	if a := s.ask(t, "client", probe.Query{Name: s.fqdn("alias"), Type: "LOOKUP"})[0]; a.Rcode == "NOERROR" {
+		t.Errorf("LEAK: an alias of the rival's Service resolves to %v", a.Data)
 	}
 	if out, _ := s.sh("client", "nslookup "+s.rival.fqdn("secret")); !strings.Contains(out, "NXDOMAIN") {
 		t.Errorf("nslookup of the rival's Service: %s", out)

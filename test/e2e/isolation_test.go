@@ -51,6 +51,9 @@ func TestIsolation(t *testing.T) {
 	t.Run("FromDefaultNetwork", r.testFromDefaultNetwork)
 	t.Run("SpoofedSource", r.testSpoofedSource)
 	t.Run("ForgedVXLAN", r.testForgedVXLAN)
+	t.Run("SpoofedFromDefaultNetwork", r.testSpoofedFromDefaultNetwork)
+	t.Run("ForeignEndpoints", r.testForeignEndpoints)
+	t.Run("NodePort", r.testNodePort)
 	t.Run("ProbesOfTwins", r.testProbesOfTwins)
 }
 
@@ -549,7 +552,7 @@ ip -n %[1]s address add %[3]s/24 dev eth0`, netns, gateway, outside)
 		t.Fatalf("%v: %s", err, out)
 	}
 	serve(t, "/run/netns/"+netns, outside+":80")
-	r.eachPod(t, func(t *testing.T, tn tenant, pod string) {
+	reachable := func(t *testing.T, tn tenant, pod string) {
 		target := probe.Target{Proto: "http", Address: outside + ":80", Path: "/clientip"}
 		eventually(t, 10*time.Second, func() error {
 			if o, want := tn.dial(t, pod, target)[0], r.nodeIP[r.node(tn, pod)]; o.Answer != want {
@@ -557,7 +560,40 @@ ip -n %[1]s address add %[3]s/24 dev eth0`, netns, gateway, outside)
 			}
 			return nil
 		})
-	}, r.a, r.b)
+	}
+	r.eachPod(t, reachable, r.a, r.b)
+
+	// The operator closes b's Network, and opens it again. That is no matter of a's.
+	setEgress := func(t *testing.T, open bool) {
+		kubectl(t, admin, "patch", "network", r.b.name, "--type=merge", "-p", fmt.Sprintf(`{"spec":{"egress":{"internet":%[1]t,"apiServer":%[1]t}}}`, open))
+	}
+	t.Cleanup(func() { setEgress(t, true) })
+	api := r.nodeIP[r.n1] + ":6443"
+	for _, open := range []bool{false, true} {
+		t.Run(fmt.Sprintf("open=%t", open), func(t *testing.T) {
+			setEgress(t, open)
+			for _, pod := range r.pods[r.b.name] {
+				eventually(t, 20*time.Second, func() error {
+					out := r.b.dial(t, pod, probe.Target{Proto: "http", Address: outside + ":80"}, probe.Target{Proto: "tcp", Address: api}, probe.Target{Proto: "tcp", Address: "10.96.0.1:443"})
+					for i, o := range out {
+						if (o.Failure == "") != open {
+							return fmt.Errorf("%s: outside, API server and its Service: the %d. is %+v", pod, i+1, o)
+						}
+					}
+					return nil
+				})
+				want := map[bool]string{true: "NOERROR", false: "NXDOMAIN"}[open]
+				eventually(t, 20*time.Second, func() error {
+					if a := r.b.ask(t, pod, probe.Query{Name: "kubernetes.default.svc.cluster.local", Type: "A"})[0]; a.Rcode != want {
+						return fmt.Errorf("%s: kubernetes.default is %s, want %s", pod, a.Rcode, want)
+					}
+					return nil
+				})
+				dialAll(t, r.b, pod, r.own(r.b, pod))
+			}
+			r.eachPod(t, reachable, r.a)
+		})
+	}
 }
 
 // testFromDefaultNetwork has the operator's pods dial the tenants.
@@ -710,7 +746,8 @@ func (r *rivals) testForgedVXLAN(t *testing.T) {
 	// The same bytes from the node that may send them arrive.
 	sendFrom(t, nodeNetns(t, r.n1), outer(r.nodeIP[r.n1], "control"))
 	for _, line := range saw.lines(t) {
-		if strings.Contains(line, "FORGED") {
+		// What the victim itself sent has a node as its destination.
+		if strings.Contains(line, "FORGED") && strings.Contains(line, "→ "+r.ip(r.a, victim)+":") {
 			t.Errorf("LEAK: %s arrived at %s", line, victim)
 		}
 	}
@@ -732,4 +769,122 @@ func vxlan(t testing.TB, vni uint32, fromNode, toNode, source, destination, payl
 		Payload:     []byte(payload),
 	}
 	return append(b, inner.IP()...)
+}
+
+// testSpoofedFromDefaultNetwork: only what the node itself sends may enter a
+// portal; a pod of the default network that claims to be the node is not the node.
+func (r *rivals) testSpoofedFromDefaultNetwork(t *testing.T) {
+	const mark = "h8s-default"
+	for _, victim := range r.pods[r.a.name] {
+		node := r.node(r.a, victim)
+		saw := captureIn(t, victim, r.a.netnsOf(t, node, victim), "eth0", mark, mark+" control")
+		to := netip.AddrPortFrom(netip.MustParseAddr(r.ip(r.a, victim)), 8080)
+		packet := func(source, label string) probe.Packet {
+			return probe.Packet{Source: netip.AddrPortFrom(netip.MustParseAddr(source), 4000), Destination: to, Payload: []byte(mark + " " + label)}
+		}
+		for _, p := range r.pods[r.def.name] {
+			var packets []probe.Packet
+			for label, source := range map[string]string{
+				"own": r.ip(r.def, p), "node n1": r.nodeIP[r.n1], "node n2": r.nodeIP[r.n2],
+				"uplink": "169.254.77.1", "portal": "169.254.1.1", "victim's neighbour": r.ip(r.a, r.pods[r.a.name][0]),
+			} {
+				packets = append(packets, packet(source, "SPOOFED by "+p+" as "+label))
+			}
+			if err := r.def.sendFromPod(p, mustJSON(t, packets)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// The node itself may.
+		sendFrom(t, nodeNetns(t, node), packet("169.254.77.1", "control"))
+		for _, line := range saw.lines(t) {
+			if strings.Contains(line, "SPOOFED") {
+				t.Errorf("LEAK: %s arrived at %s", line, victim)
+			}
+		}
+	}
+}
+
+// foreignService is a Service without a selector, and an EndpointSlice that says
+// who is behind it.
+func foreignService(name, ip string, port int) (service, slice string) {
+	return fmt.Sprintf("apiVersion: v1\nkind: Service\nmetadata: {name: %s}\nspec: {ports: [{name: p, port: 80, targetPort: %d}]}\n", name, port),
+		fmt.Sprintf("apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: %[1]s, labels: {kubernetes.io/service-name: %[1]s}}\n"+
+			"addressType: IPv4\nports: [{name: p, port: %[3]d}]\nendpoints: [{addresses: [%[2]s], conditions: {ready: true}}]\n", name, ip, port)
+}
+
+// testForeignEndpoints points Services of a tenant at what it may not reach. A
+// tenant may not write EndpointSlices; even what an operator writes opens nothing.
+func (r *rivals) testForeignEndpoints(t *testing.T) {
+	table := map[string]struct {
+		ip   string
+		port int
+		want string
+	}{
+		"control":         {r.ip(r.a, "a3"), 8080, "a3"},
+		"kubelet":         {r.nodeIP[r.n2], 10250, ""},
+		"default-network": {r.ip(r.def, "d1"), 8080, ""},
+		"default-service": {r.services[r.def.name], 80, ""},
+		"rival-service":   {r.services[r.b.name], 80, ""},
+		"unused":          {"10.77.200.1", 8080, ""},
+	}
+	_, slice := foreignService("kubelet", r.nodeIP[r.n2], 10250)
+	refused(t, r.a.owner, slice, "forbidden", "create", "-n", r.a.ns, "-f", "-")
+	for name, tc := range table {
+		svc, slice := foreignService(name, tc.ip, tc.port)
+		r.a.run(t, svc)
+		if _, err := tryInput(admin, slice, "apply", "-n", r.a.ns, "-f", "-"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		for name := range table {
+			kubectl(t, admin, "delete", "service,endpointslice", name, "-n", r.a.ns, "--ignore-not-found")
+		}
+	})
+	for _, pod := range r.pods[r.a.name] {
+		control := probe.Target{Proto: "http", Address: r.a.clusterIP(t, "control") + ":80"}
+		eventually(t, 20*time.Second, func() error {
+			if o := r.a.dial(t, pod, control)[0]; o.Answer != "a3" {
+				return fmt.Errorf("control: %+v", o)
+			}
+			return nil
+		})
+		var checks []check
+		for name, tc := range table {
+			ip := r.a.clusterIP(t, name)
+			checks = append(checks, check{Target: probe.Target{Proto: "http", Address: ip + ":80"}, want: tc.want, rejected: true})
+		}
+		dialAll(t, r.a, pod, checks)
+	}
+}
+
+// testNodePort: a tenant's Service is the tenant's, whatever its type. The
+// operator's of the same type, in testTargetsAlive, is the control.
+func (r *rivals) testNodePort(t *testing.T) {
+	for kind, name := range map[string]string{"NodePort": "np", "LoadBalancer": "lb"} {
+		r.a.run(t, strings.Replace(strings.Replace(webService, "spec:", "spec:\n  type: "+kind, 1), "name: web", "name: "+name, 1))
+		port := kubectl(t, r.a.owner, "get", "service", name, "-n", r.a.ns, "-o", "jsonpath={.spec.ports[0].nodePort}")
+		ip := r.a.clusterIP(t, name)
+		eventually(t, 20*time.Second, func() error {
+			o := r.a.dial(t, "a1", probe.Target{Proto: "http", Address: ip + ":80"})[0]
+			if o.Failure != "" {
+				return fmt.Errorf("the tenant's own pods, by its ClusterIP: %+v", o)
+			}
+			return nil
+		})
+		for _, from := range []struct {
+			tn  tenant
+			pod string
+		}{{r.def, "d1"}, {r.def, "d2"}, {r.b, "b1"}, {r.b, "b3"}, {r.a, "a1"}} {
+			checks := r.own(from.tn, from.pod)
+			for _, node := range []string{r.n1, r.n2} {
+				// From the default network, a node answers that nobody listens there.
+				checks = append(checks, check{Target: probe.Target{Proto: "http", Address: r.nodeIP[node] + ":" + port}, rejected: from.tn.name == r.def.name})
+			}
+			if from.tn.name != r.a.name {
+				checks = append(checks, serviceChecks(ip)...)
+			}
+			dialAll(t, from.tn, from.pod, checks)
+		}
+	}
 }

@@ -18,8 +18,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
+	"golang.org/x/sys/unix"
 )
 
 var (
@@ -75,6 +75,12 @@ func run(m *testing.M) (code int) {
 		return runTests(m)
 	}
 	cluster.cluster = "e2e"
+	unlock, err := lockCluster(cluster.cluster)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer unlock()
 	// What an earlier run left when it was killed is not this run's business.
 	_ = h8s("down", "--name", cluster.cluster)
 	before := hostState()
@@ -84,8 +90,8 @@ func run(m *testing.M) (code int) {
 				fmt.Fprintln(os.Stderr, "h8s down:", err)
 				code = 1
 			}
-			if after := hostState(); after != before {
-				fmt.Fprintf(os.Stderr, "h8s down left something on the host (- before, + after):\n%s", cmp.Diff(before, after))
+			if left := added(before, hostState()); len(left) > 0 {
+				fmt.Fprintf(os.Stderr, "h8s down left something on the host:\n%s\n", strings.Join(left, "\n"))
 				code = 1
 			}
 		}()
@@ -105,6 +111,21 @@ func runTests(m *testing.M) int {
 	return m.Run()
 }
 
+// lockCluster keeps another run of these tests from taking this run's cluster
+// away. The lock ends with the process, however it ends.
+func lockCluster(name string) (unlock func(), err error) {
+	path := filepath.Join(os.TempDir(), "h8s-test-"+name+".lock")
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock cluster %q: %w", name, err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("another run of these tests uses cluster %q (%s: %w): wait for it, or use -cluster", name, path, err)
+	}
+	return func() { f.Close() }, nil
+}
+
 // h8s runs our CLI with its output on this process's.
 func h8s(args ...string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
@@ -119,7 +140,7 @@ func h8s(args ...string) error {
 func hostState() string {
 	var b strings.Builder
 	for _, argv := range [][]string{
-		{"ip", "-o", "link"},
+		{"sh", "-c", "ip -br link | cut -d' ' -f1"},
 		{"ls", "/run/netns"},
 		{"sh", "-c", "findmnt -rn -o TARGET | sort"},
 		{"sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv4.(ip_forward|conf.(all|default|eth0))'"},
@@ -132,6 +153,22 @@ func hostState() string {
 		fmt.Fprintf(&b, "# %s\n%s", strings.Join(argv, " "), out)
 	}
 	return b.String()
+}
+
+// added are the lines of after that before does not have. What is gone is no
+// leftover: other clusters on this machine may come and go.
+func added(before, after string) []string {
+	known := map[string]bool{}
+	for line := range strings.Lines(before) {
+		known[line] = true
+	}
+	var out []string
+	for line := range strings.Lines(after) {
+		if !known[line] {
+			out = append(out, strings.TrimSpace(line))
+		}
+	}
+	return out
 }
 
 // serveOutsideDNS plays the host's resolver, over UDP and TCP. Another run of

@@ -55,6 +55,7 @@ func TestProbes(t *testing.T) {
 			t.Run("PortForward", func(t *testing.T) { testForwardedPorts(t, tn) })
 		})
 	}
+	t.Run("ForeignHost", func(t *testing.T) { testForeignHost(t, a, b) })
 	t.Run("LivenessRestarts", func(t *testing.T) { testLiveness(t, a, b) })
 }
 
@@ -87,7 +88,7 @@ func tlsSecret(t testing.TB) string {
 // probes are the readiness probes of probedPod, by its containers' names: one
 // that passes and one that must fail, each against the same server.
 var probes = map[string]struct{ pass, fail string }{ //nolint:gochecknoglobals // a table
-	"http":  {"httpGet: {path: /echo?msg=ready&code=200, port: http}", "httpGet: {path: /echo?msg=sick&code=500, port: http}"},
+	"http":  {`httpGet: {path: "/echo?msg=ready&code=200", port: http}`, `httpGet: {path: "/echo?msg=sick&code=500", port: http}`},
 	"https": {"httpGet: {path: /hostname, port: 8443, scheme: HTTPS}", "httpGet: {path: /hostname, port: 8443, scheme: HTTP}"},
 	"tcp":   {"tcpSocket: {port: 9000}", "tcpSocket: {port: 9999}"},
 	"grpc":  {"grpc: {port: 5000, service: probed}", "grpc: {port: 5000, service: another}"},
@@ -151,13 +152,13 @@ spec:
     lifecycle:
       # Containers start in order, and the next one after this hook.
       postStart: {exec: {command: [sh, -c, "until wget -q -O /dev/null http://127.0.0.1:8080/; do sleep 0.1; done"]}}
-      preStop: {httpGet: {path: /echo?msg=prestop-was-called, port: http}}
+      preStop: {httpGet: {path: "/echo?msg=prestop-was-called", port: http}}
   - name: caller
     image: localhost/busybox:latest
     imagePullPolicy: Never
     command: [sleep, "100000"]
     lifecycle:
-      postStart: {httpGet: {path: /echo?msg=poststart-was-called, port: 8080}}
+      postStart: {httpGet: {path: "/echo?msg=poststart-was-called", port: 8080}}
 `, name, node)
 }
 
@@ -391,6 +392,25 @@ func testForwardedPorts(t *testing.T, tn tenant) {
 				}
 			}
 		})
+	}
+}
+
+// testForeignHost: kubelet, which is on the node, would connect for the tenant
+// to wherever a probe or hook says. A tenant says nothing but ports.
+func testForeignHost(t *testing.T, tn, rival tenant) {
+	for _, host := range []string{rival.ip(t, "healthy"), "127.0.0.1", "169.254.169.254"} {
+		http, tcp := fmt.Sprintf("httpGet: {host: %s, path: /, port: 8080}", host), fmt.Sprintf("tcpSocket: {host: %s, port: 8080}", host)
+		for _, field := range []string{
+			"readinessProbe: {" + http + "}", "livenessProbe: {" + tcp + "}", "startupProbe: {" + http + "}",
+			"lifecycle: {postStart: {" + http + "}}", "lifecycle: {preStop: {" + http + "}}",
+		} {
+			manifest := fmt.Sprintf("{apiVersion: v1, kind: Pod, metadata: {name: foreign}, spec: {containers: [{name: c, image: localhost/busybox, %s}]}}", field)
+			refused(t, tn.owner, manifest, "host", "create", "-n", tn.ns, "-f", "-", "--dry-run=server")
+		}
+	}
+	manifest := "{apiVersion: v1, kind: Pod, metadata: {name: own}, spec: {containers: [{name: c, image: localhost/busybox, readinessProbe: {httpGet: {path: /, port: 8080}}}]}}"
+	if _, err := tryInput(tn.owner, manifest, "create", "-n", tn.ns, "-f", "-", "--dry-run=server"); err != nil {
+		t.Errorf("control: a probe of the pod itself: %v", err)
 	}
 }
 
