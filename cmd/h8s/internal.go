@@ -14,8 +14,9 @@ import (
 func newSupervise() *cobra.Command {
 	cmd := &cobra.Command{Use: "supervise", Hidden: true, Args: cobra.NoArgs}
 	name := nameFlag(cmd)
+	standby := cmd.Flags().Bool("standby", false, "wait until the cluster's supervisor is gone, then take its place")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return cluster.Supervise(cmd.Context(), *name, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+		return cluster.Supervise(cmd.Context(), *name, *standby, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	}
 	return cmd
 }

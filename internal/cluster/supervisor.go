@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -89,17 +90,14 @@ func startSupervisor(ctx context.Context, c *Config) error {
 	})
 }
 
-// Supervise runs the cluster's supervisor until the context ends.
-func Supervise(ctx context.Context, name string, log *slog.Logger) error {
+// Supervise runs the cluster's supervisor until the context ends. A standby first
+// waits until the supervisor is gone; every supervisor keeps one, so that the kill
+// of either is mended by the other.
+func Supervise(ctx context.Context, name string, standby bool, log *slog.Logger) error {
 	c, err := loadConfig(name)
 	if err != nil {
 		return err
 	}
-	lock, err := c.becomeSupervisor(ctx)
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
 	// First of all: `h8s down` finds the processes of a cluster by cgroup.
 	cgroup := clusterCgroup(name) + "/supervisor"
 	if err := ensureCgroup(cgroup); err != nil {
@@ -108,6 +106,15 @@ func Supervise(ctx context.Context, name string, log *slog.Logger) error {
 	if err := joinCgroup(cgroup, os.Getpid()); err != nil {
 		return err
 	}
+	patience := 5 * time.Second // whoever looks whether there is a supervisor holds the lock for a moment
+	if standby {
+		patience = math.MaxInt64
+	}
+	lock, err := c.becomeSupervisor(ctx, patience)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	bridge, err := ensureBridge(c)
 	if err != nil {
 		return err
@@ -116,24 +123,27 @@ func Supervise(ctx context.Context, name string, log *slog.Logger) error {
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	wg.Go(func() {
+		keep(ctx, log.With("process", "standby"), func() error { return runStandby(ctx, c) })
+	})
+	wg.Go(func() {
 		f := &forwarder{resolvers: c.Resolvers, log: log}
 		if err := f.serve(ctx, netip.AddrPortFrom(c.gateway(), 53)); err != nil {
 			cancel(err)
 		}
 	})
 	for _, n := range c.Nodes {
-		wg.Go(func() { keepNode(ctx, c, n, bridge, log.With("node", n.Name)) })
+		log := log.With("process", "node init", "node", n.Name)
+		wg.Go(func() { keep(ctx, log, func() error { return runNode(ctx, c, n, bridge, log) }) })
 	}
 	wg.Wait()
 	return context.Cause(ctx)
 }
 
-// becomeSupervisor takes the lock that only one supervisor of a cluster has. It
-// tries for a while, because whoever looks whether there is one holds it for a moment.
-func (c *Config) becomeSupervisor(ctx context.Context) (lock *os.File, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+// becomeSupervisor takes the lock that only one supervisor of a cluster has.
+func (c *Config) becomeSupervisor(ctx context.Context, patience time.Duration) (lock *os.File, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	err = poll(ctx, 20*time.Millisecond, func() error {
+	err = poll(ctx, 50*time.Millisecond, func() error {
 		f, held, err := lockFile(c.state().supervisorLock())
 		if err == nil && held {
 			err = fmt.Errorf("cluster %q has a supervisor already", c.Name)
@@ -144,22 +154,32 @@ func (c *Config) becomeSupervisor(ctx context.Context) (lock *os.File, err error
 	return lock, err
 }
 
-// keepNode runs a node's init again and again.
-func keepNode(ctx context.Context, c *Config, n Node, bridge netlink.Link, log *slog.Logger) {
+// keep runs a process again and again.
+func keep(ctx context.Context, log *slog.Logger, run func() error) {
 	var wait time.Duration
 	for ctx.Err() == nil {
 		began := time.Now()
-		err := runNode(ctx, c, n, bridge, log)
+		err := run()
 		if ctx.Err() != nil {
 			return
 		}
 		wait = backoff(wait, time.Since(began))
-		log.Warn("node init ended, starting it again", "error", err, "wait", wait)
+		log.Warn("process ended, starting it again", "error", err, "wait", wait)
 		select {
 		case <-ctx.Done():
 		case <-time.After(wait):
 		}
 	}
+}
+
+// runStandby runs the process that takes over when this one is killed.
+func runStandby(ctx context.Context, c *Config) error {
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", "supervise", "--standby", "--name", c.Name)
+	cmd.Args[0] = "h8s"
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	return cmd.Run()
 }
 
 // runNode runs a node's init in new namespaces until it or the context ends.
