@@ -67,13 +67,20 @@ func openLab(ctx context.Context, o options, p *progress) (*lab, error) {
 			return nil, err
 		}
 		if err := l.h8s(ctx, "up", "--name", l.name, "--nodes", "2"); err != nil {
-			return nil, err
+			return nil, l.abandon(ctx, p, err)
 		}
 	}
 	if err := l.connect(ctx); err != nil {
-		return nil, errors.Join(err, l.close(context.WithoutCancel(ctx), p))
+		return nil, l.abandon(ctx, p, err)
 	}
 	return l, nil
+}
+
+// abandon removes what was made before err.
+func (l *lab) abandon(ctx context.Context, p *progress, err error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Minute)
+	defer cancel()
+	return errors.Join(err, l.close(ctx, p))
 }
 
 // close removes what the run made.
