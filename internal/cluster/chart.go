@@ -9,7 +9,11 @@ import (
 	"path/filepath"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
+
+	"h8s.io/hypernetes/api/v1alpha1"
 )
 
 // Where the product is in a cluster.
@@ -72,5 +76,26 @@ func (b *bringUp) installChart(ctx context.Context) error {
 	if err := helm.Run(); err != nil {
 		return fmt.Errorf("install the chart %s: %w", chart, errors.Join(ctx.Err(), err))
 	}
-	return nil
+	return b.waitForWebhooks(ctx)
+}
+
+// waitForWebhooks asks until the API server reaches the controller's webhooks:
+// that its pod is ready is not yet known to kube-proxy on every node.
+func (b *bringUp) waitForWebhooks(ctx context.Context) error {
+	operator, err := b.objectClient()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	return poll(ctx, 100*time.Millisecond, func() error {
+		tenant := &v1alpha1.Tenant{
+			ObjectMeta: metav1.ObjectMeta{GenerateName: "is-admission-there-"},
+			Spec:       v1alpha1.TenantSpec{Network: v1alpha1.TenantNetwork{CIDRs: []v1alpha1.CIDR{demoCIDR}}},
+		}
+		if err := operator.Create(ctx, tenant, client.DryRunAll); err != nil {
+			return fmt.Errorf("wait for the webhooks: %w", err)
+		}
+		return nil
+	})
 }

@@ -208,6 +208,10 @@ root = "/var/lib/containerd"
 state = "/run/containerd"
 imports = ["/etc/containerd/conf.d/*.toml"]
 
+# A sandbox's shim may answer late on a busy machine; the default, 2s, fails an exec then.
+[timeouts]
+  "io.containerd.timeout.task.state" = "10s"
+
 [grpc]
   address = %q
 
