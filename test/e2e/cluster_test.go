@@ -280,6 +280,13 @@ func TestKill(t *testing.T) {
 	})
 	t.Run("Supervisor", func(t *testing.T) {
 		// Above everything else: with it the whole machine goes, so to speak. Its standby takes over.
+		restarts := func() (string, error) {
+			return try(tn.owner, "get", "pods", "before", "client", "-n", tn.ns, "-o", `jsonpath={.items[*].status.containerStatuses[0].restartCount}`)
+		}
+		first, err := restarts()
+		if err != nil {
+			t.Fatal(err)
+		}
 		supervisors := processesBelow("/h8s-"+cluster.cluster+"/supervisor", "h8s")
 		if len(supervisors) == 0 {
 			t.Fatal("the cluster has no supervisor")
@@ -296,6 +303,12 @@ func TestKill(t *testing.T) {
 			out, err := try(tn.owner, "get", "pods", "before", "client", "-n", tn.ns, "-o", `jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}`)
 			if err != nil || out != "True True" {
 				return fmt.Errorf("readiness of the pods: %s, %w", out, err)
+			}
+			// What the API server remembers of the time before is not it: every pod has a new sandbox.
+			now, err := restarts()
+			was, is := strings.Fields(first), strings.Fields(now)
+			if err != nil || len(is) != len(was) || is[0] == was[0] || is[1] == was[1] {
+				return fmt.Errorf("restarts of the pods: %s, before %s, %w", now, first, err)
 			}
 			return nil
 		})
