@@ -86,6 +86,25 @@ func TestBadInput(t *testing.T) {
 		t.Errorf("something that was refused is there: %s", out)
 		_, _ = try(admin, "delete", "tenant/bad", "network/bad", "block/bad", "--ignore-not-found")
 	}
+	t.Run("Kubeconfig", func(t *testing.T) {
+		for user, want := range map[string]string{"no-such-user": "there is no User", "system:admin": "system:"} {
+			out, err := h8sOutput(time.Minute, "kubeconfig", "--name", cluster.cluster, "--user", user)
+			if err == nil || !strings.Contains(out, want) {
+				t.Errorf("h8s kubeconfig --user %s: %v: %s", user, err, out)
+			}
+		}
+	})
+	t.Run("ForeignNetwork", func(t *testing.T) {
+		apply(t, admin, strings.Replace(tenantSpec("network: {name: bad-owner}"), "name: bad}", "name: bad-thief}", 1))
+		defer func() { _, _ = try(admin, "delete", "tenant", "bad-thief", "--timeout=60s") }()
+		eventually(t, 20*time.Second, func() error {
+			out, err := try(admin, "get", "tenant", "bad-thief", "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status} {.status.conditions[?(@.type=="Ready")].message}`)
+			if !strings.HasPrefix(out, "False ") || !strings.Contains(out, "belongs to the Tenant bad-owner") {
+				return fmt.Errorf("condition Ready: %s, %w", out, err)
+			}
+			return nil
+		})
+	})
 	t.Run("InUse", testInUse)
 	t.Run("TwoTenants", testTwoTenants)
 	t.Run("LongNames", testLongNames)

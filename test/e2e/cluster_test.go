@@ -280,25 +280,22 @@ func TestKill(t *testing.T) {
 	})
 	t.Run("Supervisor", func(t *testing.T) {
 		// Above everything else: with it the whole machine goes, so to speak. Its standby takes over.
-		restarts := func() (string, error) {
-			return try(tn.owner, "get", "pods", "before", "client", "-n", tn.ns, "-o", `jsonpath={.items[*].status.containerStatuses[0].restartCount}`)
-		}
-		first, err := restarts()
+		old, err := nodeInit(other)
 		if err != nil {
 			t.Fatal(err)
 		}
-		supervisors := processesBelow("/h8s-"+cluster.cluster+"/supervisor", "h8s")
-		if len(supervisors) == 0 {
-			t.Fatal("the cluster has no supervisor")
+		supervisor, err := old.parent()
+		if err != nil {
+			t.Fatal(err)
 		}
-		for _, p := range supervisors {
-			if slices.Contains(p.args, "supervise") && !slices.Contains(p.args, "--standby") {
-				p.kill(t)
-			}
-		}
+		supervisor.kill(t)
 		eventually(t, 150*time.Second, func() error {
-			if _, err := nodeInit(other); err != nil {
+			now, err := nodeInit(other)
+			if err != nil {
 				return err
+			}
+			if now.pid == old.pid {
+				return fmt.Errorf("node init %d still lives", old.pid)
 			}
 			out, err := try(tn.owner, "get", "pods", "before", "client", "-n", tn.ns, "-o", `jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}`)
 			if err != nil || out != "True True" {
@@ -314,6 +311,9 @@ func TestKill(t *testing.T) {
 		})
 		ip = tn.ip(t, "before")
 		converged(t, other)
+		if n := len(processesBelow("/h8s-"+cluster.cluster+"/supervisor", "h8s")); n < 2 {
+			t.Errorf("%d supervisors: the new one has no standby", n)
+		}
 	})
 }
 

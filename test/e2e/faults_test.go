@@ -203,11 +203,13 @@ func attachments(node string) ([]network.Attachment, error) {
 	return found, nil
 }
 
-// recordsMatch waits until the nodes' records of a tenant's attachments are those
-// of its pods, no more and no less.
+// recordsMatch waits until the nodes' records of the attachments in a tenant's
+// namespace, and the portals' links, are those of its pods, no more and no less.
 func recordsMatch(t testing.TB, tn tenant) {
 	t.Helper()
-	eventually(t, 90*time.Second, func() error {
+	network := kubectl(t, admin, "get", "namespace", tn.ns, "-o", `jsonpath={.metadata.labels.h8s\.io/network}`)
+	id := kubectl(t, admin, "get", "network", network, "-o", "jsonpath={.status.id}")
+	eventually(t, 4*time.Minute, func() error {
 		out, err := try(admin, "get", "pods", "-n", tn.ns, "-o", `jsonpath={range .items[*]}{.spec.nodeName} {.status.podIP}{"\n"}{end}`)
 		if err != nil {
 			return err
@@ -223,10 +225,21 @@ func recordsMatch(t testing.TB, tn tenant) {
 			if err != nil {
 				return err
 			}
+			links := 0
 			for _, a := range held {
 				if a.Namespace == tn.ns {
 					got = append(got, n+" "+a.Address.String())
 				}
+				if a.Network == network {
+					links++
+				}
+			}
+			out, err := tryNode(n, "test ! -e /run/netns/h8s-"+id+" || nsenter --net=/run/netns/h8s-"+id+" ip -o link show type veth")
+			if err != nil {
+				return err
+			}
+			if toPods := strings.Count(out, "\n") - strings.Count(out, " uplink@"); toPods != links {
+				return fmt.Errorf("node %s holds %d addresses of Network %s, and its portal has %d links to pods:\n%s", n, links, network, toPods, out)
 			}
 		}
 		slices.Sort(want)
@@ -243,12 +256,8 @@ func recordsMatch(t testing.TB, tn tenant) {
 func testKilledInAdd(t *testing.T, tn tenant) {
 	const count = 8
 	records := func(node string) int {
-		files, _ := filepath.Glob(filepath.Join("/var/lib/h8s", cluster.cluster, "nodes", node, "var/lib/h8s/attachments/*.json"))
-		return len(files)
-	}
-	before := map[string]int{}
-	for _, n := range nodes(t) {
-		before[n] = records(n)
+		entries, _ := os.ReadDir(filepath.Join("/var/lib/h8s", cluster.cluster, "nodes", node, "var/lib/h8s/attachments"))
+		return len(entries)
 	}
 	var manifests, names []string
 	for i := range count {
@@ -257,29 +266,27 @@ func testKilledInAdd(t *testing.T, tn tenant) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
-	killed := make(chan string)
+	killed := make(chan error)
 	for _, n := range nodes(t) {
+		agent, before := only(t, n, "h8s-node"), records(n)
 		go func() {
-			tick := time.NewTicker(time.Millisecond)
+			tick := time.NewTicker(200 * time.Microsecond)
 			defer tick.Stop()
-			for records(n) <= before[n] {
+			for records(n) <= before {
 				select {
 				case <-ctx.Done():
-					killed <- "nothing: no ADD on " + n
+					killed <- fmt.Errorf("no ADD on %s", n)
 					return
 				case <-tick.C:
 				}
 			}
-			for _, p := range processes(n, "h8s-node") {
-				p.kill(t)
-			}
-			killed <- ""
+			killed <- agent.crash()
 		}()
 	}
 	tn.run(t, manifests...)
 	for range nodes(t) {
-		if why := <-killed; why != "" {
-			t.Errorf("killed %s", why)
+		if err := <-killed; err != nil {
+			t.Error(err)
 		}
 	}
 	tn.waitReady(t, names...)

@@ -63,11 +63,34 @@ func nodeInit(node string) (process, error) {
 	return process{}, fmt.Errorf("node %s has no init", node)
 }
 
-// kill ends a process as a crash would: no signal handler runs.
+// parent is the process that started p.
+func (p process) parent() (process, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
+	if err != nil {
+		return process{}, err
+	}
+	for line := range strings.Lines(string(status)) {
+		if pid, ok := strings.CutPrefix(line, "PPid:"); ok {
+			n, err := strconv.Atoi(strings.TrimSpace(pid))
+			return process{pid: n}, err
+		}
+	}
+	return process{}, fmt.Errorf("process %d has no parent", p.pid)
+}
+
+// crash ends a process as a crash would: no signal handler runs.
+func (p process) crash() error {
+	if err := unix.Kill(p.pid, unix.SIGKILL); err != nil {
+		return fmt.Errorf("kill -9 %d (%s): %w", p.pid, strings.Join(p.args, " "), err)
+	}
+	return nil
+}
+
+// kill is crash that must succeed.
 func (p process) kill(t testing.TB) {
 	t.Helper()
-	if err := unix.Kill(p.pid, unix.SIGKILL); err != nil {
-		t.Fatalf("kill -9 %d (%s): %v", p.pid, strings.Join(p.args, " "), err)
+	if err := p.crash(); err != nil {
+		t.Fatal(err)
 	}
 }
 
