@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -280,6 +279,14 @@ func TestKill(t *testing.T) {
 	})
 	t.Run("Supervisor", func(t *testing.T) {
 		// Above everything else: with it the whole machine goes, so to speak. Its standby takes over.
+		restarts := func() ([]string, error) {
+			out, err := try(tn.owner, "get", "pods", "before", "client", "-n", tn.ns, "-o", `jsonpath={.items[*].status.containerStatuses[0].restartCount}`)
+			return strings.Fields(out), err
+		}
+		first, err := restarts()
+		if err != nil {
+			t.Fatal(err)
+		}
 		old, err := nodeInit(other)
 		if err != nil {
 			t.Fatal(err)
@@ -290,11 +297,11 @@ func TestKill(t *testing.T) {
 		}
 		supervisor.kill(t)
 		eventually(t, 150*time.Second, func() error {
-			now, err := nodeInit(other)
+			booted, err := nodeInit(other)
 			if err != nil {
 				return err
 			}
-			if now.pid == old.pid {
+			if booted.pid == old.pid {
 				return fmt.Errorf("node init %d still lives", old.pid)
 			}
 			out, err := try(tn.owner, "get", "pods", "before", "client", "-n", tn.ns, "-o", `jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}`)
@@ -302,10 +309,9 @@ func TestKill(t *testing.T) {
 				return fmt.Errorf("readiness of the pods: %s, %w", out, err)
 			}
 			// What the API server remembers of the time before is not it: every pod has a new sandbox.
-			now, err := restarts()
-			was, is := strings.Fields(first), strings.Fields(now)
-			if err != nil || len(is) != len(was) || is[0] == was[0] || is[1] == was[1] {
-				return fmt.Errorf("restarts of the pods: %s, before %s, %w", now, first, err)
+			again, err := restarts()
+			if err != nil || len(again) != 2 || again[0] == first[0] || again[1] == first[1] {
+				return fmt.Errorf("restarts of the pods are %v and were %v, %w", again, first, err)
 			}
 			return nil
 		})
