@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"h8s.io/hypernetes/test/e2e/probe"
 )
 
@@ -44,11 +46,17 @@ func (tn tenant) arm(t testing.TB, pods ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var g errgroup.Group
 	for _, p := range pods {
-		if _, err := tryInput(tn.owner, string(program), "exec", "-i", "-n", tn.ns, p, "--",
-			"sh", "-c", "cat >"+podProbe+" && chmod +x "+podProbe); err != nil {
-			t.Fatalf("copy the probe into %s/%s: %v", tn.ns, p, err)
-		}
+		g.Go(func() error {
+			return poll(30*time.Second, func() error {
+				_, err := tryInput(tn.owner, string(program), "exec", "-i", "-n", tn.ns, p, "--", "sh", "-c", "cat >"+podProbe+" && chmod +x "+podProbe)
+				return err
+			})
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatalf("copy the probe: %v", err)
 	}
 }
 

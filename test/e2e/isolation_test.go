@@ -13,8 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"h8s.io/hypernetes/test/e2e/probe"
 )
 
@@ -72,7 +70,7 @@ spec:
     imagePullPolicy: Never
     command: [sh, -c, "mkdir /tmp/www && touch %s && httpd -p 8090 -h /tmp/www && exec /agnhost netexec --http-port=8080 --udp-port=8080"]
     ports: [{name: http, containerPort: 8080}, {name: udp, containerPort: 8080, protocol: UDP}]
-    readinessProbe: {httpGet: {path: /ready, port: 8090}, periodSeconds: 1, timeoutSeconds: 2}
+    readinessProbe: {httpGet: {path: /ready, port: 8090}, periodSeconds: 1, timeoutSeconds: 10}
 `, name, node, podReady)
 }
 
@@ -124,13 +122,9 @@ func newRivals(t *testing.T) *rivals {
 	for _, tn := range []tenant{r.a, r.b} {
 		tn.run(t, webService)
 	}
-	var g errgroup.Group
 	for _, tn := range []tenant{r.a, r.b, r.def} {
 		r.services[tn.name] = kubectl(t, tn.owner, "get", "service", "web", "-n", tn.ns, "-o", "jsonpath={.spec.clusterIP}")
-		g.Go(func() error { tn.arm(t, r.pods[tn.name]...); return nil })
-	}
-	if err := g.Wait(); err != nil {
-		t.Fatal(err)
+		tn.arm(t, r.pods[tn.name]...)
 	}
 	r.nodePort = kubectl(t, admin, "get", "service", "web", "-n", r.def.ns, "-o", "jsonpath={.spec.ports[0].nodePort}")
 	return r
@@ -657,7 +651,7 @@ func (r *rivals) testSpoofedSource(t *testing.T) {
 			for name, source := range spoofed {
 				p := packet(source, "SPOOFED gVisor "+name)
 				if err := r.a.sendFromPod(from, mustJSON(t, []probe.Packet{p})); err != nil {
-					t.Logf("gVisor itself refuses source %s: %v", source, err)
+					t.Errorf("a raw packet with source %s was not sent: %v", source, err)
 				}
 			}
 			if err := r.a.sendFromPod(from, mustJSON(t, []probe.Packet{packet(self, "control gVisor")})); err != nil {
@@ -745,7 +739,7 @@ func (r *rivals) testForgedVXLAN(t *testing.T) {
 		for _, p := range r.pods[tn.name] {
 			for label, source := range map[string]string{"own source": r.ip(tn, p), "node's source": r.nodeIP[r.n1]} {
 				if err := tn.sendFromPod(p, mustJSON(t, []probe.Packet{outer(source, "FORGED by "+tn.name+"/"+p+" with "+label)})); err != nil {
-					t.Logf("gVisor itself refuses source %s: %v", source, err)
+					t.Errorf("a raw packet with source %s was not sent: %v", source, err)
 				}
 			}
 		}

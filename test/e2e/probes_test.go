@@ -96,7 +96,8 @@ var probes = map[string]struct{ pass, fail string }{ //nolint:gochecknoglobals /
 }
 
 // probedPod has a container for each kind of probe: readiness, liveness and
-// startup are all of that kind. Of a sick pod, readiness fails.
+// startup are all of that kind. Of a sick pod, readiness fails. The timeouts are
+// long: on a busy machine a slow answer is not a wrong one.
 func probedPod(name, node string, healthy bool) string {
 	container := func(kind, command string) string {
 		p := probes[kind]
@@ -110,9 +111,9 @@ func probedPod(name, node string, healthy bool) string {
     imagePullPolicy: Never
     command: %s
     volumeMounts: [{name: tls, mountPath: /tls}]
-    startupProbe: {%s, periodSeconds: 1, timeoutSeconds: 2, failureThreshold: 60}
-    livenessProbe: {%s, periodSeconds: 2, timeoutSeconds: 2}
-    readinessProbe: {%s, periodSeconds: 1, timeoutSeconds: 2}`, kind, command, p.pass, p.pass, readiness)
+    startupProbe: {%s, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 60}
+    livenessProbe: {%s, periodSeconds: 4, timeoutSeconds: 15}
+    readinessProbe: {%s, periodSeconds: 2, timeoutSeconds: 10}`, kind, command, p.pass, p.pass, readiness)
 	}
 	return fmt.Sprintf(`
 apiVersion: v1

@@ -8,8 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"h8s.io/hypernetes/test/e2e/probe"
 )
 
@@ -32,14 +30,8 @@ func TestServices(t *testing.T) {
 	s.rival.run(t, serverPod("secret", names[1], 8080, "hostname: secret, subdomain: secret-headless"), rivalServices)
 	s.waitReady(t, "one", "two", "client")
 	s.rival.waitReady(t, "secret")
-	var g errgroup.Group
-	for _, p := range []string{"client", "one", "two"} {
-		g.Go(func() error { s.arm(t, p); return nil })
-	}
-	g.Go(func() error { s.rival.arm(t, "secret"); return nil })
-	if err := g.Wait(); err != nil {
-		t.Fatal(err)
-	}
+	s.arm(t, "client", "one", "two")
+	s.rival.arm(t, "secret")
 
 	t.Run("ClusterIP", s.testClusterIP)
 	t.Run("Affinity", s.testAffinity)
@@ -74,7 +66,7 @@ spec:
     imagePullPolicy: Never
     command: [sh, -c, "mkdir /tmp/www && touch %[6]s && httpd -p 8090 -h /tmp/www && /agnhost netexec --http-port=%[7]d --udp-port=%[7]d & exec /agnhost netexec --http-port=%[3]d --udp-port=%[3]d --delay-shutdown=15"]
     ports: [{name: http, containerPort: %[3]d}, {name: udp, containerPort: %[3]d, protocol: UDP}, {name: more, containerPort: %[7]d}]
-    readinessProbe: {httpGet: {path: /ready, port: 8090}, periodSeconds: 1, timeoutSeconds: 2}
+    readinessProbe: {httpGet: {path: /ready, port: 8090}, periodSeconds: 1, timeoutSeconds: 10}
 `, name, node, port, map[bool]string{true: "no", false: "yes"}[name == "client"], extra, podReady, port+100)
 }
 
