@@ -89,7 +89,9 @@ type Agent struct {
 
 	mu          sync.Mutex
 	attachments map[string]network.Attachment
-	networks    map[string]*localNetwork
+	// departed are attachments without a link, whose addresses are not free yet.
+	departed map[string]network.Attachment
+	networks map[string]*localNetwork
 
 	// guard is touched by the reconciler of guardKey alone, after recovery.
 	guard *portal.Guard
@@ -122,6 +124,7 @@ func New(ctx context.Context, cfg Config, config *rest.Config, log *slog.Logger)
 		forward:   dns.NewForwarder(cfg.Resolvers),
 		recovered: make(chan struct{}), installed: make(chan struct{}),
 		attachments: map[string]network.Attachment{},
+		departed:    map[string]network.Attachment{},
 		networks:    map[string]*localNetwork{},
 		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](
 			100*time.Millisecond, 30*time.Second)),
@@ -308,9 +311,12 @@ func (a *Agent) labelNode(ctx context.Context) {
 	}
 }
 
-// guardKey stands in the queue for what concerns all Networks. No Network has
-// that name.
-const guardKey = ""
+// These stand in the queue for what concerns all Networks: the guard's rules, and
+// attachments that have departed. No Network has such a name.
+const (
+	guardKey    = ""
+	departedKey = "departed/"
+)
 
 // watch translates events into keys of the queue.
 func (a *Agent) watch() error {
@@ -388,9 +394,12 @@ func (a *Agent) processNext(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, reconcileTimeout)
 	defer cancel()
 	var err error
-	if key == guardKey {
+	switch key {
+	case guardKey:
 		err = a.reconcileGuard(ctx)
-	} else {
+	case departedKey:
+		err = a.freeDeparted(ctx)
+	default:
 		err = a.reconcileNetwork(ctx, key)
 	}
 	if err != nil && ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {

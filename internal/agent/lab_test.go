@@ -423,10 +423,15 @@ func (p *pod) remove() {
 	p.vanish()
 }
 
-// vanish removes pod and network namespace without a DEL.
-func (p *pod) vanish() {
+// giveUp removes the network namespace's name without a DEL.
+func (p *pod) giveUp() {
 	p.lab.must(netns.DeleteNamed(filepath.Base(p.netns)))
 	p.netns = ""
+}
+
+// vanish removes pod and network namespace without a DEL.
+func (p *pod) vanish() {
+	p.giveUp()
 	p.lab.must(api.Delete(context.Background(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: p.namespace, Name: p.name}}, client.GracePeriodSeconds(0)))
 }
 

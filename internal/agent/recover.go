@@ -18,6 +18,7 @@ import (
 
 	"h8s.io/hypernetes/api/v1alpha1"
 	"h8s.io/hypernetes/internal/network"
+	"h8s.io/hypernetes/internal/portal"
 )
 
 // recover takes over what an earlier run left: Blocks, attachments, portals. It
@@ -156,20 +157,32 @@ func (a *Agent) sweep(ctx context.Context) {
 	a.enqueueAll()
 }
 
-// reapGone detaches what DEL has missed: pods that the API server does not know
-// and whose network namespace is gone.
+// reapGone detaches what DEL has missed. A container runtime whose ADD and DEL
+// both met no agent gives the sandbox up and makes another for the same pod.
 func (a *Agent) reapGone(ctx context.Context) error {
 	var errs []error
 	for _, at := range a.allAttachments() {
-		if len(indexed[corev1.Pod](a.caches.pods, byUID, at.PodUID)) > 0 {
-			continue
+		gone, err := a.gone(at)
+		if gone {
+			err = a.reap(ctx, at)
 		}
-		if _, err := os.Stat(hostPath(at.Netns)); !errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		errs = append(errs, a.reap(ctx, at))
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// gone says whether the attachment's sandbox is no more: its network namespace has
+// no name any longer, and either the API server does not know the pod, or no link
+// leads there, which it does as long as a process lives in the namespace.
+func (a *Agent) gone(at network.Attachment) (bool, error) {
+	if _, err := os.Stat(hostPath(at.Netns)); !errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if len(indexed[corev1.Pod](a.caches.pods, byUID, at.PodUID)) == 0 {
+		return true, nil
+	}
+	links, err := a.portals.Attachments(at.NetworkID)
+	return err == nil && !slices.Contains(links, portal.HostIfName(at.ContainerID, at.IfName)), err
 }
 
 // hostPath returns a path of the container runtime as the agent's container has

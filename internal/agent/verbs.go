@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -81,6 +82,10 @@ func (a *Agent) add(ctx context.Context, r cni.Request) (cni.Answer, error) {
 		a.attachments[at.Key()] = at
 		a.mu.Unlock()
 	}
+
+	a.mu.Lock()
+	delete(a.departed, at.Key())
+	a.mu.Unlock()
 
 	result, err := a.attach(ctx, n, at)
 	if err != nil {
@@ -166,16 +171,50 @@ func (a *Agent) del(ctx context.Context, containerID, ifName string) (cni.Answer
 	return cni.Answer{}, a.detach(ctx, at)
 }
 
-// detach undoes attach, whatever of it there is. The address is free only when
-// neither kernel nor store know it.
+// detach undoes attach, whatever of it there is. The caller does not wait until
+// the address is free: to end its connections, the kernel looks through those of
+// the whole machine. Should the agent die before, the sweep of the next one finds
+// the record.
 func (a *Agent) detach(ctx context.Context, at network.Attachment) error {
 	if err := a.portals.Detach(ctx, at.NetworkID, portalAttachment(at)); err != nil {
 		return fmt.Errorf("detach pod %s/%s from Network %s: %w", at.Namespace, at.Pod, at.Network, err)
+	}
+	a.mu.Lock()
+	a.departed[at.Key()] = at
+	a.mu.Unlock()
+	a.queue.Add(departedKey)
+	return nil
+}
+
+// freeDeparted frees the addresses of what was detached.
+func (a *Agent) freeDeparted(ctx context.Context) error {
+	a.mu.Lock()
+	departed := slices.Collect(maps.Values(a.departed))
+	a.mu.Unlock()
+	var errs []error
+	for _, at := range departed {
+		errs = append(errs, a.free(ctx, at))
+	}
+	return errors.Join(errs...)
+}
+
+// free gives the address back when neither kernel nor store know it.
+func (a *Agent) free(ctx context.Context, at network.Attachment) error {
+	defer a.containers.lock(at.Key())()
+	a.mu.Lock()
+	_, departed := a.departed[at.Key()]
+	a.mu.Unlock()
+	if !departed {
+		return nil // an ADD has taken it back
+	}
+	if err := a.portals.EndConnections(ctx, at.NetworkID, at.Address); err != nil {
+		return fmt.Errorf("end the connections of pod %s/%s: %w", at.Namespace, at.Pod, err)
 	}
 	if err := a.store.Delete(at.ContainerID, at.IfName); err != nil {
 		return err
 	}
 	a.mu.Lock()
+	delete(a.departed, at.Key())
 	delete(a.attachments, at.Key())
 	// A record that recovery could not reserve has another owner of its address.
 	shared := false

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+
+	"github.com/google/renameio/v2"
 )
 
 const (
@@ -80,39 +82,18 @@ func Uninstall(binDir, confDir string) error {
 
 // install does nothing if the file is right already: the runtime reloads its
 // configuration on every change.
-func install(path string, mode os.FileMode, content []byte) (err error) {
+func install(path string, mode os.FileMode, content []byte) error {
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, content) {
 		return os.Chmod(path, mode)
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
 	// A child started meanwhile would inherit the open file for a moment, and
 	// nobody can execute a program that is open for writing.
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
-	// The dot and the lack of a suffix keep it out of the runtime's sight.
-	f, err := os.CreateTemp(filepath.Dir(path), ".h8s-*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(content)
-	if err == nil {
-		err = f.Chmod(mode)
-	}
-	if err == nil {
-		err = f.Sync()
-	}
-	if closeErr := f.Close(); err == nil {
-		err = closeErr
-	}
-	if err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
+	// The temporary name begins with a dot, which keeps it out of the runtime's sight.
+	return renameio.WriteFile(path, content, mode, renameio.WithTempDir(dir), renameio.WithStaticPermissions(mode))
 }

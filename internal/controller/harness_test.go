@@ -17,6 +17,7 @@ import (
 	"github.com/go-logr/logr"
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
+	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -421,7 +422,20 @@ func newNamespace(t *testing.T, c client.Client, ns *corev1.Namespace) {
 		if err := cluster.admin.Get(t.Context(), client.ObjectKey{Name: ns.Name}, &got); err != nil {
 			return err
 		}
-		return tenantReady(t.Context(), got.Labels[v1alpha1.LabelTenant])
+		if err := tenantReady(t.Context(), got.Labels[v1alpha1.LabelTenant]); err != nil {
+			return err
+		}
+		// The bindings are written, but the API server's authorizer learns of them by a watch.
+		review := &authorizationv1.SelfSubjectAccessReview{Spec: authorizationv1.SelfSubjectAccessReviewSpec{
+			ResourceAttributes: &authorizationv1.ResourceAttributes{Namespace: ns.Name, Verb: "create", Resource: "pods"},
+		}}
+		if err := c.Create(t.Context(), review); err != nil {
+			return err
+		}
+		if !review.Status.Allowed {
+			return fmt.Errorf("the creator of the namespace %s may not create pods in it yet", ns.Name)
+		}
+		return nil
 	})
 }
 

@@ -12,7 +12,6 @@ package network
 import (
 	"cmp"
 	"encoding/binary"
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -65,22 +64,6 @@ func NextBlock(cidr netip.Prefix, avoid []netip.Prefix) (netip.Prefix, bool) {
 		return netip.Prefix{}, false
 	}
 	return netip.PrefixFrom(toAddr(start), bits), true
-}
-
-// NextID returns the lowest number that no Network uses.
-func NextID(used []int32) (int32, error) {
-	used = slices.Clone(used)
-	slices.Sort(used)
-	id := int32(1)
-	for _, u := range used {
-		if u == id {
-			id++
-		}
-	}
-	if id > MaxID {
-		return 0, fmt.Errorf("all %d Network IDs are in use: delete Networks that are no longer needed", MaxID)
-	}
-	return id, nil
 }
 
 // addresses returns the addresses of block that pods of the Network may have:

@@ -3,8 +3,6 @@ package network
 import (
 	"net/netip"
 	"testing"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 func prefixes(s ...string) []netip.Prefix {
@@ -81,36 +79,5 @@ func TestAddresses(t *testing.T) {
 				t.Errorf("got %v", got)
 			}
 		})
-	}
-}
-
-func TestNextID(t *testing.T) {
-	tests := map[string]struct {
-		used []int32
-		want int32
-	}{
-		"none":       {nil, 1},
-		"a gap":      {[]int32{4, 1, 2}, 3},
-		"no gap":     {[]int32{3, 1, 2}, 4},
-		"duplicates": {[]int32{1, 1, 2}, 3},
-		"unset ones": {[]int32{0, 0, 1}, 2},
-	}
-	for name, tc := range tests {
-		t.Run(name, func(t *testing.T) {
-			got, err := NextID(tc.used)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(tc.want, got); diff != "" {
-				t.Error(diff)
-			}
-		})
-	}
-	all := make([]int32, MaxID)
-	for i := range all {
-		all[i] = int32(i + 1)
-	}
-	if id, err := NextID(all); err == nil {
-		t.Errorf("got %d although all are in use", id)
 	}
 }

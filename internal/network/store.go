@@ -11,6 +11,8 @@ import (
 	"regexp"
 	"strings"
 	"time"
+
+	"github.com/google/renameio/v2"
 )
 
 // Attachment is the record of one interface of one pod. It is written before
@@ -46,7 +48,7 @@ var (
 
 const (
 	recordSuffix = ".json"
-	tempSuffix   = ".tmp"
+	tempPrefix   = "." // of renameio; no container ID begins with it
 )
 
 // Store keeps Attachments in a directory, one file each. A record is either
@@ -63,7 +65,7 @@ func OpenStore(dir string) (*Store, error) {
 		return nil, fmt.Errorf("open attachment store: %w", err)
 	}
 	for _, e := range entries {
-		if strings.HasSuffix(e.Name(), tempSuffix) {
+		if strings.HasPrefix(e.Name(), tempPrefix) {
 			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
 				return nil, fmt.Errorf("open attachment store: %w", err)
 			}
@@ -140,27 +142,9 @@ func (s *Store) path(containerID, ifName string) (string, error) {
 	return filepath.Join(s.dir, AttachmentKey(containerID, ifName)+recordSuffix), nil
 }
 
-func writeFile(path string, data []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*"+tempSuffix)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if closeErr := f.Close(); err == nil {
-		err = closeErr
-	}
-	if err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
+// writeFile is durable when it returns, of which the library leaves the directory out.
+func writeFile(path string, data []byte) error {
+	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil {
 		return err
 	}
 	dir, err := os.Open(filepath.Dir(path))

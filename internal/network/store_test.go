@@ -44,7 +44,7 @@ func TestStore(t *testing.T) {
 		}
 	}
 	// What a crash in the middle of Put leaves behind.
-	torn := filepath.Join(dir, "c4-eth0.json.123.tmp")
+	torn := filepath.Join(dir, ".c4-eth0.json123")
 	if err := os.WriteFile(torn, []byte(`{"containerID":`), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -138,26 +138,22 @@ func neighbour(index int, a netip.Addr) *netlink.Neigh {
 	return &netlink.Neigh{LinkIndex: index, Family: netlink.FAMILY_V4, State: unix.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: macOf(a)}
 }
 
-// Detach removes what Attach made, and the connections of the address. Anything missing is success: link, pod's
-// namespace, portal.
+// Detach removes what Attach made; the connections of the address stay, see EndConnections. Anything missing is
+// success: link, pod's namespace, portal.
 func (m *Manager) Detach(ctx context.Context, id int32, a Attachment) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := m.detach(m.portal(id), a); err != nil {
+	if err := m.portal(id).detach(a); err != nil {
 		return fmt.Errorf("detach %v from portal %d: %w", a.Address, id, err)
 	}
 	return nil
 }
 
-func (m *Manager) detach(p *portal, a Attachment) error {
+func (p *portal) detach(a Attachment) error {
 	release, found, err := p.forReading()
-	if err != nil {
-		return err
-	}
-	if !found {
-		// The links died with the portal, and Remove has ended the node's connections.
-		return nil
+	if err != nil || !found {
+		return err // the links died with the portal
 	}
 	defer release()
 	link, err := p.link.LinkByName(HostIfName(a.ContainerID, a.IfName))
@@ -167,17 +163,38 @@ func (m *Manager) detach(p *portal, a Attachment) error {
 	if err != nil && !isLinkNotFound(err) {
 		return fmt.Errorf("delete link: %w", err)
 	}
-	if !a.Address.Is4() {
-		return nil
-	}
-	// DEL may come again when another pod has the address already: its connections are not ours to end.
-	if _, taken, err := p.podLink(a.Address); err != nil || taken {
+	return nil
+}
+
+// EndConnections makes the portal and the node forget the connections of an address that was detached, so that the
+// next pod to get it inherits none. An address that a pod has is left alone. It takes some 10 ms of the kernel's
+// time for each 100 000 connections that the machine may have, whether it has them or not.
+func (m *Manager) EndConnections(ctx context.Context, id int32, addr netip.Addr) error {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := flushAddr(p.nf, p.link, a.Address); err != nil {
+	if err := m.endConnections(m.portal(id), addr); err != nil {
+		return fmt.Errorf("portal %d: %w", id, err)
+	}
+	return nil
+}
+
+func (m *Manager) endConnections(p *portal, addr netip.Addr) error {
+	release, found, err := p.forReading()
+	if err != nil {
 		return err
 	}
-	return flushAddr(m.nf, m.link, a.Address)
+	if !found {
+		return nil // Remove has ended the node's connections
+	}
+	defer release()
+	if _, taken, err := p.podLink(addr); err != nil || taken || !addr.Is4() {
+		return err
+	}
+	if err := flushAddr(p.nf, p.link, addr); err != nil {
+		return err
+	}
+	return flushAddr(m.nf, m.link, addr)
 }
 
 // podLink returns the index of the link to which addr is routed, if there is a pod with that address.

@@ -7,7 +7,7 @@ import (
 )
 
 func BenchmarkPod(b *testing.B) {
-	for name, timed := range map[string]struct{ attach, detach bool }{"attach": {attach: true}, "detach": {detach: true}} {
+	for name, timed := range map[string]struct{ attach, detach, free bool }{"attach": {attach: true}, "detach": {detach: true}, "end connections": {free: true}} {
 		b.Run(name, func(b *testing.B) {
 			lab := newLab(b)
 			m := lab.nodes[0].m
@@ -31,6 +31,10 @@ func BenchmarkPod(b *testing.B) {
 				}
 				timer(timed.detach)
 				if err := m.Detach(b.Context(), 7, a); err != nil {
+					b.Fatal(err)
+				}
+				timer(timed.free)
+				if err := m.EndConnections(b.Context(), 7, a.Address); err != nil {
 					b.Fatal(err)
 				}
 				timer(true)

@@ -651,8 +651,13 @@ func TestAttach(t *testing.T) {
 		if flows(n1.h) == 0 || flows(p.link) == 0 {
 			t.Error("control: no connections are tracked")
 		}
+		n1.must(n1.m.EndConnections(ctx, acme, w.a1.a.Address))
+		if err := s.echo("hello"); err != nil {
+			t.Errorf("the connections of a pod that is still there: %v", err)
+		}
 		for range 3 {
 			n1.must(n1.m.Detach(ctx, acme, w.a1.a))
+			n1.must(n1.m.EndConnections(ctx, acme, w.a1.a.Address))
 		}
 		if a, b := flows(n1.h), flows(p.link); a+b != 0 {
 			t.Errorf("connections left: %d on the node, %d in the portal", a, b)
@@ -666,6 +671,7 @@ func TestAttach(t *testing.T) {
 		n1.must(err)
 		defer s2.Close()
 		n1.must(n1.m.Detach(ctx, acme, w.a1.a))
+		n1.must(n1.m.EndConnections(ctx, acme, w.a1.a.Address))
 		if flows(p.link) == 0 {
 			t.Error("the late detach ended the next pod's connections")
 		}
@@ -676,6 +682,7 @@ func TestAttach(t *testing.T) {
 		gone.Netns = "/nonexistent"
 		n1.must(n1.m.Detach(ctx, acme, gone))
 		n1.must(n1.m.Detach(ctx, 4000, gone))
+		n1.must(n1.m.EndConnections(ctx, 4000, gone.Address))
 	})
 }
 

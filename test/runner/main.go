@@ -1,6 +1,7 @@
 // Command runner is `make test`: it runs every kind of test there is, one after
 // the other, shows what runs and for how long, prints the whole output of what
-// failed and the reason of each skip, and ends with one line of totals.
+// failed and the reason of each skip, and ends with the first words of each failure
+// and one line of totals.
 package main
 
 import (
@@ -14,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -40,7 +42,17 @@ func suites() []suite {
 	}
 }
 
-type totals struct{ passed, failed, skipped int }
+type totals struct {
+	passed, failed, skipped int
+	failures                []string // each failed test and the first that it said
+}
+
+func (t *totals) add(other totals) {
+	t.passed += other.passed
+	t.failed += other.failed
+	t.skipped += other.skipped
+	t.failures = append(t.failures, other.failures...)
+}
 
 func main() {
 	only := flag.String("only", "", "run only the suites whose name contains this")
@@ -49,6 +61,9 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	all := runAll(ctx, *only)
 	stop()
+	for _, f := range all.failures {
+		fmt.Printf("failed: %s\n", f)
+	}
 	fmt.Printf("%d passed, %d failed, %d skipped\n", all.passed, all.failed, all.skipped)
 	if all.failed > 0 || all.passed == 0 {
 		os.Exit(1)
@@ -61,10 +76,7 @@ func runAll(ctx context.Context, only string) totals {
 		if !strings.Contains(s.name, only) || ctx.Err() != nil {
 			continue
 		}
-		t := run(ctx, s)
-		all.passed += t.passed
-		all.failed += t.failed
-		all.skipped += t.skipped
+		all.add(run(ctx, s))
 	}
 	return all
 }
@@ -112,7 +124,7 @@ func run(ctx context.Context, s suite) totals {
 
 func failure(s suite, start time.Time, err error) totals {
 	fmt.Printf("=== %s: FAILED: %v (%s)\n\n", s.name, err, elapsed(start))
-	return totals{failed: 1}
+	return totals{failed: 1, failures: []string{fmt.Sprintf("%s: %v", s.name, err)}}
 }
 
 func elapsed(start time.Time) time.Duration { return time.Since(start).Round(time.Second) }
@@ -173,11 +185,13 @@ func count(r io.Reader, w io.Writer, start time.Time) totals {
 			switch {
 			case e.Test == "" && e.Action == "fail" && !childFailed[k]:
 				t.failed++ // did not build, panicked or timed out
+				t.failures = append(t.failures, e.Package+": "+firstWords(out))
 			case e.Test == "" && e.Action == "pass":
 				fmt.Fprintf(w, "ok   %s (%.1fs)\n", e.Package, e.Elapsed)
 			case e.Test == "":
 			case e.Action == "fail" && (leaf || !childFailed[k]):
 				t.failed++
+				t.failures = append(t.failures, e.Test+": "+firstWords(out))
 			case e.Action == "pass" && leaf:
 				t.passed++
 			case e.Action == "skip" && leaf:
@@ -195,6 +209,19 @@ func count(r io.Reader, w io.Writer, start time.Time) totals {
 		}
 	}
 }
+
+// firstWords returns the first message of a failed test's output.
+func firstWords(output string) string {
+	const limit = 400
+	message := messagePattern.FindString(output)
+	if len(message) > limit {
+		message = message[:limit] + "…"
+	}
+	return strings.ToValidUTF8(strings.TrimSpace(message), "")
+}
+
+// messagePattern matches what t.Error and its kind print.
+var messagePattern = regexp.MustCompile(`(?m)^\s+\w+\.go:\d+: .*$`)
 
 // tail keeps the last bytes that were written to it.
 type tail struct {
