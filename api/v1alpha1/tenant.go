@@ -3,6 +3,7 @@ package v1alpha1
 import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // Tenant is the unit of trust: people, namespaces, networks, sandboxes and quota
@@ -135,11 +136,26 @@ type TenantStatus struct {
 	// Namespaces of the tenant, sorted.
 	// +listType=set
 	Namespaces []string `json:"namespaces,omitempty"`
+	// Reservations are places in quota.namespaces of namespaces whose creation
+	// was admitted and that did not exist yet when this was written.
+	// +listType=map
+	// +listMapKey=uid
+	Reservations []Reservation `json:"reservations,omitempty"`
 	// Conditions: Ready, MembersReady, NetworkReady, QuotaReady; Deleting while
 	// the Tenant goes away.
 	// +listType=map
 	// +listMapKey=type
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// Reservation is a place in the quota that one namespace takes while it is being created.
+type Reservation struct {
+	// UID of the namespace, which it has from admission on.
+	UID types.UID `json:"uid"`
+	// Namespace is its name.
+	Namespace string `json:"namespace"`
+	// Until when the reservation counts if the namespace does not appear.
+	Until metav1.Time `json:"until"`
 }
 
 // TenantList is a list of Tenants.

@@ -98,7 +98,8 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 	}
 	decoder := admission.NewDecoder(mgr.GetScheme())
 	server := mgr.GetWebhookServer()
-	server.Register("/mutate-namespace", &admission.Webhook{Handler: newNamespaceWebhook(objects, decoder)})
+	server.Register("/mutate-namespace", &admission.Webhook{Handler: &namespaceWebhook{objects, decoder}})
+	server.Register("/validate-namespace", &admission.Webhook{Handler: newQuotaWebhook(objects, decoder)})
 	server.Register("/validate-network", &admission.Webhook{Handler: &networkWebhook{objects, infrastructure, decoder}})
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -93,6 +94,14 @@ func (r *tenantReconciler) ensure(ctx context.Context, t *v1alpha1.Tenant) error
 		return err
 	}
 
+	if len(t.Status.Reservations) > 0 {
+		// Asked of the API server, and after the Tenant was read: what exists now was created on its reservation.
+		exist, err := r.namespaceUIDs(ctx, t.Name)
+		if err != nil {
+			return err
+		}
+		t.Status.Reservations = tenancy.Outstanding(t.Status.Reservations, exist, time.Now())
+	}
 	t.Status.ObservedGeneration = t.Generation
 	t.Status.Network = tenancy.DefaultNetwork(t)
 	t.Status.Namespaces = names(namespaces.Items, namespaceName)

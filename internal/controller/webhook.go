@@ -7,14 +7,10 @@ import (
 	"fmt"
 	"net/http"
 	"path/filepath"
-	"sync"
-	"time"
 
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/utils/clock"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/webhook"
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
@@ -22,10 +18,6 @@ import (
 	"h8s.io/hypernetes/api/v1alpha1"
 	"h8s.io/hypernetes/internal/tenancy"
 )
-
-// promiseTTL is how long an admitted namespace counts that cannot be seen yet. A
-// creation that fails after admission gives its place back when this is over.
-const promiseTTL = 5 * time.Second
 
 // NewWebhookServer serves with the certificate tls.crt and tls.key of the
 // directory, which is read anew for each connection: a replaced Secret counts
@@ -48,21 +40,6 @@ func NewWebhookServer(host string, port int, certDir string) webhook.Server {
 type namespaceWebhook struct {
 	objects
 	decoder admission.Decoder
-	clock   clock.PassiveClock
-
-	// Two creations at the same moment do not see each other's namespace. What
-	// was admitted counts from then on, or both would get the last place.
-	mu       sync.Mutex
-	promised map[string]promise // by namespace
-}
-
-type promise struct {
-	tenant string
-	until  time.Time
-}
-
-func newNamespaceWebhook(objects objects, decoder admission.Decoder) *namespaceWebhook {
-	return &namespaceWebhook{objects: objects, decoder: decoder, clock: clock.RealClock{}, promised: map[string]promise{}}
 }
 
 // Handle implements admission.Handler.
@@ -123,42 +100,7 @@ func (w *namespaceWebhook) choose(ctx context.Context, req admission.Request, ns
 			return nil, refusal, nil
 		}
 	}
-	refusal, err = w.reserve(ctx, tenant, req.Name, req.DryRun != nil && *req.DryRun)
-	return tenant, refusal, err
-}
-
-// reserve counts the namespace against the quota.
-func (w *namespaceWebhook) reserve(ctx context.Context, t *v1alpha1.Tenant, namespace string, dryRun bool) (refusal, err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	var list metav1.PartialObjectMetadataList
-	list.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("NamespaceList"))
-	if err := w.live.List(ctx, &list, client.MatchingLabels{v1alpha1.LabelTenant: t.Name}); err != nil {
-		return nil, fmt.Errorf("list namespaces: %w", err)
-	}
-	now := w.clock.Now()
-	counted := map[string]bool{}
-	for _, ns := range list.Items {
-		counted[ns.Name] = true
-	}
-	for name, p := range w.promised {
-		switch {
-		case now.After(p.until):
-			delete(w.promised, name)
-		case p.tenant == t.Name:
-			counted[name] = true
-		}
-	}
-	if counted[namespace] {
-		return nil, nil // the API server will say that it exists
-	}
-	if refusal := tenancy.CheckQuota(t.Name, "namespaces", len(counted), t.Spec.Quota.Namespaces); refusal != nil {
-		return refusal, nil
-	}
-	if !dryRun {
-		w.promised[namespace] = promise{t.Name, now.Add(promiseTTL)}
-	}
-	return nil, nil
+	return tenant, nil, nil
 }
 
 // networkWebhook refuses Networks, and Tenants that would make one, whose

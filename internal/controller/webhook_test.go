@@ -1,12 +1,15 @@
 package controller
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/ptr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -92,6 +95,7 @@ func TestNamespaceAdmission(t *testing.T) {
 		if err := cluster.admin.Create(ctx, user); err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), user) })
 		eventually(t, func() error {
 			err := team.Create(ctx, namespaceOf("nsa-x", "", nil), client.DryRunAll)
 			if err == nil || !strings.Contains(err.Error(), `the User "nsa-someone" is disabled`) {
@@ -102,28 +106,47 @@ func TestNamespaceAdmission(t *testing.T) {
 	})
 }
 
-// However many come at once, no more than the quota get in.
+// However many come at once, no more than the quota get in, whether their names
+// are given or made by the API server.
 func TestNamespaceQuota(t *testing.T) {
-	ctx := t.Context()
-	tenant := tenantOf("quo", "10.0.0.0/16", member("User", "quo-alice", v1alpha1.RoleOwner))
-	tenant.Spec.Quota.Namespaces = ptr.To(int32(3))
-	newTenant(t, tenant)
-	alice := as(t, "quo-alice")
-	eventually(t, func() error { return alice.Create(ctx, namespaceOf("quo-0", "", nil)) })
-	var created atomic.Int32
-	var wg sync.WaitGroup
-	for i := range 10 {
-		wg.Go(func() {
-			switch err := alice.Create(ctx, namespaceOf(fmt.Sprintf("quo-%d", i+1), "", nil)); {
-			case err == nil:
-				created.Add(1)
-			case !strings.Contains(err.Error(), `the Tenant "quo" has 3 of 3 namespaces: delete one, or ask an operator`):
-				t.Error(err)
+	const quota, attempts = 3, 10
+	for name, next := range map[string]func(tenant string, i int) *corev1.Namespace{
+		"given": func(tenant string, i int) *corev1.Namespace {
+			return namespaceOf(fmt.Sprintf("%s-%d", tenant, i), "", nil)
+		},
+		"generated": func(tenant string, _ int) *corev1.Namespace {
+			return &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: tenant + "-"}}
+		},
+		"mixed": func(tenant string, i int) *corev1.Namespace {
+			if i%2 == 0 {
+				return namespaceOf(fmt.Sprintf("%s-%d", tenant, i), "", nil)
+			}
+			return &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: tenant + "-"}}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx := t.Context()
+			tenant := tenantOf("quo-"+name, "10.0.0.0/16", member("User", "quo-alice-"+name, v1alpha1.RoleOwner))
+			tenant.Spec.Quota.Namespaces = ptr.To(int32(quota))
+			newTenant(t, tenant)
+			alice := as(t, "quo-alice-"+name)
+			eventually(t, func() error { return alice.Create(ctx, namespaceOf(tenant.Name, "", nil)) })
+			var created atomic.Int32
+			var wg sync.WaitGroup
+			for i := range attempts {
+				wg.Go(func() {
+					switch err := alice.Create(ctx, next(tenant.Name, i)); {
+					case err == nil:
+						created.Add(1)
+					case !strings.Contains(err.Error(), fmt.Sprintf(`the Tenant %q has 3 of 3 namespaces: delete one, or ask an operator`, tenant.Name)):
+						t.Error(err)
+					}
+				})
+			}
+			wg.Wait()
+			if created.Load() != quota-1 {
+				t.Errorf("%d were created after the first, want %d", created.Load(), quota-1)
 			}
 		})
-	}
-	wg.Wait()
-	if created.Load() != 2 {
-		t.Errorf("%d were created after the first, want 2", created.Load())
 	}
 }
