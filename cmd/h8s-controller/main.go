@@ -46,6 +46,7 @@ func main() {
 	cmd.Flags().StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	cmd.Flags().StringSliceVar(&f.options.ServiceCIDRs, "service-cidr", nil, "ranges of Services; those of ServiceCIDR objects are added")
 	cmd.Flags().StringSliceVar(&f.options.PodCIDRs, "pod-cidr", nil, "ranges of the default network; those of Nodes are added")
+	cmd.Flags().StringSliceVar(&f.options.InfrastructureCIDRs, "infrastructure-cidr", nil, "other ranges of the cluster's own, such as the nodes' network")
 	if err := cmd.Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "h8s-controller:", err)
 		os.Exit(1)

@@ -37,6 +37,7 @@ func main() {
 type options struct {
 	nodeIP, clusterDNS       string
 	serviceCIDRs, podCIDRs   []string
+	infrastructure, denied   []string
 	resolvConf               string
 	kubeconfig, health, logs string
 }
@@ -68,6 +69,8 @@ func command() *cobra.Command {
 	f.StringVar(&cfg.ClusterDomain, "cluster-domain", "cluster.local", "domain of the cluster, as in kubelet's configuration")
 	f.StringSliceVar(&opts.serviceCIDRs, "service-cidr", nil, "ranges of Services, added to those of ServiceCIDR objects")
 	f.StringSliceVar(&opts.podCIDRs, "pod-cidr", nil, "ranges of the default network, added to those of Node objects")
+	f.StringSliceVar(&opts.infrastructure, "infrastructure-cidr", nil, "other ranges of the cluster's own, such as the nodes' network: no tenant reaches them, no Network may overlap with them")
+	f.StringSliceVar(&opts.denied, "denied-cidr", nil, "ranges outside of the cluster that no tenant reaches; Networks may have the same addresses")
 	f.StringVar(&opts.resolvConf, "resolv-conf", "/etc/resolv.conf", "file that names the host's resolvers")
 	f.StringVar(&cfg.CNIPlugin, "cni-plugin", "/usr/local/bin/h8s-cni", "program to copy to --cni-bin-dir; empty: it is there")
 	f.StringVar(&cfg.CNIBinDir, "cni-bin-dir", "/opt/cni/bin", "where the container runtime finds CNI plugins")
@@ -109,11 +112,19 @@ func (o options) complete(cfg *agent.Config) error {
 	if cfg.ClusterDNS, err = netip.ParseAddr(o.clusterDNS); err != nil {
 		return fmt.Errorf("--cluster-dns is needed, the address that kubelet writes into pods: %w", err)
 	}
-	if cfg.ServiceCIDRs, err = ipv4Prefixes(o.serviceCIDRs); err != nil {
-		return fmt.Errorf("--service-cidr: %w", err)
-	}
-	if cfg.PodCIDRs, err = ipv4Prefixes(o.podCIDRs); err != nil {
-		return fmt.Errorf("--pod-cidr: %w", err)
+	for _, list := range []struct {
+		flag string
+		in   []string
+		out  *[]netip.Prefix
+	}{
+		{"service-cidr", o.serviceCIDRs, &cfg.ServiceCIDRs},
+		{"pod-cidr", o.podCIDRs, &cfg.PodCIDRs},
+		{"infrastructure-cidr", o.infrastructure, &cfg.InfrastructureCIDRs},
+		{"denied-cidr", o.denied, &cfg.DeniedCIDRs},
+	} {
+		if *list.out, err = ipv4Prefixes(list.in); err != nil {
+			return fmt.Errorf("--%s: %w", list.flag, err)
+		}
 	}
 	resolv, err := dns.ClientConfigFromFile(o.resolvConf)
 	if err != nil {

@@ -48,7 +48,7 @@ const (
 )
 
 // Config is what one node agent is told. Every field but Underlay, NodeIP,
-// CNIPlugin and Resolvers is needed.
+// CNIPlugin, Resolvers and the last two lists of CIDRs is needed.
 type Config struct {
 	NodeName string
 	// NodeIP is found in the Node object if it is not set.
@@ -59,6 +59,12 @@ type Config struct {
 	ClusterDomain string
 	// ServiceCIDRs and PodCIDRs are added to those that the API server knows.
 	ServiceCIDRs, PodCIDRs []netip.Prefix
+	// InfrastructureCIDRs are the cluster's other ranges: no pod of a tenant
+	// reaches them, and no Network may overlap with them.
+	InfrastructureCIDRs []netip.Prefix
+	// DeniedCIDRs are not the cluster's, so that a Network may have the same
+	// addresses; but no pod of a tenant gets out to them.
+	DeniedCIDRs []netip.Prefix
 	// Resolvers answer for names outside the cluster, as host or host:port.
 	Resolvers []string
 	// CNIPlugin is the program h8s-cni that is copied to CNIBinDir; empty: it is there.

@@ -137,6 +137,35 @@ func TestOverlappingNetworks(t *testing.T) {
 	}
 }
 
+// What the operator keeps from tenants is closed to every Network, whether the
+// cluster needs the addresses for itself or only does not let anybody out to them.
+func TestInfrastructure(t *testing.T) {
+	l := newLab(t)
+	l.stop()
+	l.cfg.InfrastructureCIDRs = []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}
+	l.cfg.DeniedCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.2.15/32"), netip.MustParsePrefix("203.0.113.0/24")}
+	l.start()
+
+	l.eventually("the guard knows all of it", func() error {
+		out, err := exec.Command("nft", "list", "set", "inet", "h8s", "infrastructure").CombinedOutput()
+		for _, want := range []string{"198.51.100.0/24", "10.0.2.15", "203.0.113.0/24", "10.244.0.0/16"} {
+			if err == nil && !strings.Contains(string(out), want) {
+				err = fmt.Errorf("%s is missing: %s", want, out)
+			}
+		}
+		return err
+	})
+	l.network("near", "10.0.2.0/24", 221)
+	l.namespace("near", "near")
+	l.pod("near", "web", "near").add()
+
+	l.network("inside", "198.51.100.0/26", 222)
+	l.namespace("inside", "inside")
+	if _, err := l.pod("inside", "web", "inside").cni("ADD"); err == nil || !strings.Contains(err.Error(), "overlaps with 198.51.100.0/24") {
+		t.Errorf("a Network within the cluster's own range: %v", err)
+	}
+}
+
 // Connections outlive the agent, and the next one knows what the last one did.
 func TestRestart(t *testing.T) {
 	l := newLab(t)

@@ -49,11 +49,11 @@ func (a *Agent) uses() ([]use, error) {
 		{netip.MustParsePrefix("224.0.0.0/3"), "the multicast and reserved range"},
 		{netip.MustParsePrefix("0.0.0.0/8"), "the reserved range"},
 	}
-	guard := a.desiredGuard()
-	for _, p := range guard.Infrastructure {
-		uses = append(uses, use{p, "the range of Services or of the default network"})
+	ranges, nodeIPs := a.infrastructure()
+	for _, p := range ranges {
+		uses = append(uses, use{p, "a range of the cluster's own"})
 	}
-	for _, ip := range guard.NodeIPs {
+	for _, ip := range nodeIPs {
 		uses = append(uses, use{netip.PrefixFrom(ip, ip.BitLen()), "the address of a node"})
 	}
 	for _, r := range a.cfg.Resolvers {

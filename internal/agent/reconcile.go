@@ -298,15 +298,28 @@ func (a *Agent) reconcileGuard(ctx context.Context) error {
 	}
 	if changed {
 		a.guard = &guard
-		a.ledger.Avoid(guard.Infrastructure)
+		infrastructure, _ := a.infrastructure()
+		a.ledger.Avoid(infrastructure)
 		a.enqueueAll()
 	}
 	return nil
 }
 
 func (a *Agent) desiredGuard() portal.Guard {
-	nodeIPs := []netip.Addr{a.cfg.NodeIP}
-	infrastructure := append(a.serviceCIDRs(), a.cfg.PodCIDRs...)
+	infrastructure, nodeIPs := a.infrastructure()
+	infrastructure = append(infrastructure, a.cfg.DeniedCIDRs...)
+	slices.SortFunc(infrastructure, netip.Prefix.Compare)
+	return portal.Guard{
+		NodeIPs:        nodeIPs,
+		Infrastructure: slices.Compact(infrastructure),
+		APIServers:     a.apiServers(),
+	}
+}
+
+// infrastructure is what the cluster needs for itself: ranges, and the nodes' addresses on the underlay; sorted.
+func (a *Agent) infrastructure() (ranges []netip.Prefix, nodeIPs []netip.Addr) {
+	nodeIPs = []netip.Addr{a.cfg.NodeIP}
+	ranges = slices.Concat(a.serviceCIDRs(), a.cfg.PodCIDRs, a.cfg.InfrastructureCIDRs)
 	for _, node := range list[corev1.Node](a.caches.nodes) {
 		for _, address := range node.Status.Addresses {
 			ip, err := netip.ParseAddr(address.Address)
@@ -316,22 +329,18 @@ func (a *Agent) desiredGuard() portal.Guard {
 			if address.Type == corev1.NodeInternalIP {
 				nodeIPs = append(nodeIPs, ip)
 			} else {
-				infrastructure = append(infrastructure, netip.PrefixFrom(ip, 32))
+				ranges = append(ranges, netip.PrefixFrom(ip, 32))
 			}
 		}
 		for _, s := range append([]string{node.Spec.PodCIDR}, node.Spec.PodCIDRs...) {
 			if cidr, err := netip.ParsePrefix(s); err == nil {
-				infrastructure = append(infrastructure, cidr.Masked())
+				ranges = append(ranges, cidr.Masked())
 			}
 		}
 	}
 	slices.SortFunc(nodeIPs, netip.Addr.Compare)
-	slices.SortFunc(infrastructure, netip.Prefix.Compare)
-	return portal.Guard{
-		NodeIPs:        slices.Compact(nodeIPs),
-		Infrastructure: slices.Compact(infrastructure),
-		APIServers:     a.apiServers(),
-	}
+	slices.SortFunc(ranges, netip.Prefix.Compare)
+	return slices.Compact(ranges), slices.Compact(nodeIPs)
 }
 
 // serviceCIDRs are those of the flags and those that the API server knows, sorted.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,16 +23,24 @@ const (
 	productNamespace = "h8s-system"
 )
 
-// chartValues are what the chart has to know about an embedded cluster.
-func chartValues(c *Config) map[string]any {
+// chartValues are what the chart has to know about an embedded cluster. Tenants
+// do not reach the machine: not at its address on the bridge, which is of the
+// cluster's own network, nor at its other addresses, nor clusters beside this one.
+func chartValues(c *Config, machine []netip.Prefix) map[string]any {
 	type object = map[string]any
+	denied := []string{subnets.String()}
+	for _, address := range machine {
+		denied = append(denied, address.String())
+	}
 	return object{
-		"clusterDNS":    dnsService,
-		"clusterDomain": Domain,
-		"serviceCIDRs":  []string{serviceCIDR},
-		"podCIDRs":      []string{podCIDR},
-		"image":         object{"repository": "localhost/h8s", "tag": "latest", "pullPolicy": "Never"},
-		"node":          object{"apiServer": object{"host": c.Nodes[0].Address.String(), "port": apiPort}},
+		"infrastructureCIDRs": []string{c.Subnet.String()},
+		"deniedCIDRs":         denied,
+		"clusterDNS":          dnsService,
+		"clusterDomain":       Domain,
+		"serviceCIDRs":        []string{serviceCIDR},
+		"podCIDRs":            []string{podCIDR},
+		"image":               object{"repository": "localhost/h8s", "tag": "latest", "pullPolicy": "Never"},
+		"node":                object{"apiServer": object{"host": c.Nodes[0].Address.String(), "port": apiPort}},
 	}
 }
 
@@ -52,7 +61,11 @@ func (b *bringUp) installChart(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	values, err := yaml.Marshal(chartValues(b.Config))
+	machine, err := machineAddresses()
+	if err != nil {
+		return fmt.Errorf("list the machine's addresses: %w", err)
+	}
+	values, err := yaml.Marshal(chartValues(b.Config, machine))
 	if err != nil {
 		return err
 	}

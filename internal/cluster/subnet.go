@@ -10,10 +10,15 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
+// subnets is where clusters have their subnets.
+var subnets = netip.MustParsePrefix("172.30.0.0/16") //nolint:gochecknoglobals // a constant
+
 // chooseSubnet returns the first 172.30.x.0/24 that overlaps with nothing in use.
 func chooseSubnet(used []netip.Prefix) (netip.Prefix, error) {
 	for x := range 256 {
-		p := netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 30, byte(x), 0}), 24)
+		address := subnets.Addr().As4()
+		address[2] = byte(x)
+		p := netip.PrefixFrom(netip.AddrFrom4(address), 24)
 		free := true
 		for _, u := range used {
 			// A default route overlaps with everything and takes nothing.
@@ -71,4 +76,19 @@ func usedSubnets() ([]netip.Prefix, error) {
 		}
 	}
 	return used, nil
+}
+
+// machineAddresses are the machine's own IPv4 addresses but loopback.
+func machineAddresses() ([]netip.Prefix, error) {
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		return nil, err
+	}
+	var out []netip.Prefix
+	for _, addr := range addrs {
+		if a, ok := netip.AddrFromSlice(addr.IP.To4()); ok && !a.IsLoopback() && !subnets.Contains(a) {
+			out = append(out, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return out, nil
 }

@@ -38,6 +38,8 @@ type Options struct {
 	// ServiceCIDRs and PodCIDRs are ranges that the cluster uses for itself, in
 	// addition to those that ServiceCIDR and Node objects name.
 	ServiceCIDRs, PodCIDRs []string
+	// InfrastructureCIDRs are the cluster's other ranges.
+	InfrastructureCIDRs []string
 }
 
 // NewScheme is the scheme of every client that the controller uses.

@@ -249,7 +249,7 @@ func startManager(ctx context.Context, admin *rest.Config, hooks *envtest.Webhoo
 	if err != nil {
 		return nil, err
 	}
-	if err := Setup(mgr, Options{ServiceCIDRs: []string{"10.96.0.0/16"}, PodCIDRs: []string{"10.244.0.0/16"}}); err != nil {
+	if err := Setup(mgr, Options{ServiceCIDRs: []string{"10.96.0.0/16"}, PodCIDRs: []string{"10.244.0.0/16"}, InfrastructureCIDRs: []string{"198.18.0.0/24"}}); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(ctx)

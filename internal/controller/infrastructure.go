@@ -23,7 +23,7 @@ func fixedRanges(opts Options) ([]tenancy.Range, error) {
 	for _, r := range []struct {
 		what  string
 		cidrs []string
-	}{{"Services of the cluster", opts.ServiceCIDRs}, {"pods of the default network", opts.PodCIDRs}} {
+	}{{"Services of the cluster", opts.ServiceCIDRs}, {"pods of the default network", opts.PodCIDRs}, {"infrastructure of the cluster", opts.InfrastructureCIDRs}} {
 		more, err := tenancy.ParseRanges(r.what, r.cidrs...)
 		if err != nil {
 			return nil, err

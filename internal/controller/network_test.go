@@ -126,6 +126,7 @@ func TestNetworkAdmission(t *testing.T) {
 		"default network":           {"10.244.128.0/20", "overlaps with 10.244.0.0/16 (pods of the default network)"},
 		"default network of a node": {"10.200.0.0/16", "overlaps with 10.200.7.0/24 (pods of the default network on node adm-node)"},
 		"address of a node":         {"192.168.0.0/16", "overlaps with 192.168.5.11/32 (address of node adm-node)"},
+		"infrastructure":            {"198.18.0.0/15", "overlaps with 198.18.0.0/24 (infrastructure of the cluster)"},
 		"link-local":                {"169.254.169.0/24", "link-local"},
 		"loopback":                  {"127.0.0.0/8", "loopback"},
 		"multicast":                 {"230.0.0.0/8", "multicast"},

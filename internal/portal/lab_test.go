@@ -28,12 +28,13 @@ const (
 )
 
 var (
-	clusterDNS  = netip.MustParseAddr("10.96.0.10")
-	serviceCIDR = netip.MustParsePrefix("10.96.0.0/16")
-	podCIDR     = netip.MustParsePrefix("10.244.0.0/16")
-	networkCIDR = netip.MustParsePrefix("10.0.0.0/16")
-	internet    = netip.MustParseAddr("203.0.113.1")
-	apiServer   = netip.MustParseAddrPort("172.31.0.1:6443") // on node 1
+	clusterDNS   = netip.MustParseAddr("10.96.0.10")
+	serviceCIDR  = netip.MustParsePrefix("10.96.0.0/16")
+	podCIDR      = netip.MustParsePrefix("10.244.0.0/16")
+	underlayCIDR = netip.MustParsePrefix("172.31.0.0/24")
+	networkCIDR  = netip.MustParsePrefix("10.0.0.0/16")
+	internet     = netip.MustParseAddr("203.0.113.1")
+	apiServer    = netip.MustParseAddrPort("172.31.0.1:6443") // on node 1
 )
 
 // place is a network namespace in which tests act.
@@ -283,17 +284,22 @@ func checksum(b []byte) uint16 {
 
 // udpPacket is an IPv4 packet with whatever source one likes.
 func udpPacket(src, dst netip.AddrPort, payload []byte) []byte {
-	b := make([]byte, 28+len(payload))
-	b[0], b[8], b[9] = 0x45, 64, unix.IPPROTO_UDP
-	binary.BigEndian.PutUint16(b[2:], uint16(len(b)))
-	copy(b[12:], src.Addr().AsSlice())
-	copy(b[16:], dst.Addr().AsSlice())
-	binary.BigEndian.PutUint16(b[10:], checksum(b[:20]))
-	binary.BigEndian.PutUint16(b[20:], src.Port())
-	binary.BigEndian.PutUint16(b[22:], dst.Port())
-	binary.BigEndian.PutUint16(b[24:], uint16(8+len(payload)))
-	copy(b[28:], payload)
-	return b
+	b := make([]byte, 8, 8+len(payload))
+	binary.BigEndian.PutUint16(b[0:], src.Port())
+	binary.BigEndian.PutUint16(b[2:], dst.Port())
+	binary.BigEndian.PutUint16(b[4:], uint16(8+len(payload)))
+	return ipPacket(unix.IPPROTO_UDP, src.Addr(), dst.Addr(), append(b, payload...))
+}
+
+// ipPacket is an IPv4 packet of any protocol.
+func ipPacket(proto byte, src, dst netip.Addr, payload []byte) []byte {
+	b := make([]byte, 20, 20+len(payload))
+	b[0], b[8], b[9] = 0x45, 64, proto
+	binary.BigEndian.PutUint16(b[2:], uint16(20+len(payload)))
+	copy(b[12:], src.AsSlice())
+	copy(b[16:], dst.AsSlice())
+	binary.BigEndian.PutUint16(b[10:], checksum(b))
+	return append(b, payload...)
 }
 
 // sendRaw sends a whole IP packet.
@@ -359,6 +365,7 @@ func newLab(t testing.TB) *lab {
 	lab.world.must(err)
 	lab.world.addr(lo, internet.String()+"/32")
 	lab.world.greet(internet.String(), 80)
+	lab.world.greet("172.31.0.254", 80)
 	for i := range lab.nodes {
 		n := &node{place: newPlace(t, fmt.Sprintf("node%d", i+1)), ip: netip.AddrFrom4([4]byte{172, 31, 0, byte(i + 1)}), dir: t.TempDir(), lab: lab}
 		port, eth := wire(lab.world, fmt.Sprintf("port%d", i+1), n.place, "eth0")
@@ -393,7 +400,7 @@ func newLab(t testing.TB) *lab {
 func (l *lab) guard() Guard {
 	return Guard{
 		NodeIPs:        []netip.Addr{netip.MustParseAddr("172.31.0.1"), netip.MustParseAddr("172.31.0.2")},
-		Infrastructure: []netip.Prefix{podCIDR, serviceCIDR},
+		Infrastructure: []netip.Prefix{podCIDR, serviceCIDR, underlayCIDR},
 		APIServers:     []netip.AddrPort{apiServer},
 	}
 }

@@ -30,7 +30,8 @@ type NodeConfig struct {
 type Guard struct {
 	// NodeIPs are the underlay addresses of all nodes, this one included. Only they may send VXLAN.
 	NodeIPs []netip.Addr
-	// Infrastructure are the ranges that no tenant may reach: pod CIDRs of the default network, Service CIDRs.
+	// Infrastructure are the ranges that no tenant may reach: pod CIDRs of the default network, Service CIDRs, the
+	// underlay, and whatever else the operator keeps from tenants.
 	Infrastructure []netip.Prefix
 	// APIServers are the endpoints of the API server: the one exception.
 	APIServers []netip.AddrPort

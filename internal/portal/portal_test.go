@@ -147,6 +147,7 @@ func TestIsolation(t *testing.T) {
 			ip daddr 198.51.100.1 tcp dport 80 dnat to 10.244.0.2:80
 			ip daddr 198.51.100.2 tcp dport 80 dnat to 172.31.0.1:10250
 			ip daddr 198.51.100.3 tcp dport 80 dnat to 10.0.0.17:80
+			ip daddr 198.51.100.4 tcp dport 80 dnat to 172.31.0.254:80
 			ip daddr 10.96.5.5 tcp dport 80 dnat to 10.244.0.2:80
 		}
 	}`); err != nil {
@@ -166,6 +167,10 @@ func TestIsolation(t *testing.T) {
 		"tenant to internet, node 2":                        {w.b2.place, "203.0.113.1:80", "world 172.31.0.2"},
 		"tenant to API server":                              {w.a1.place, "172.31.0.1:6443", "node1 10.0.0.17"},
 		"tenant to API server from another node":            {w.a2.place, "172.31.0.1:6443", "node1 172.31.0.2"},
+		"control: the nodes' router is up":                  {n1.place, "172.31.0.254:80", "world 172.31.0.1"},
+		"tenant to the nodes' router":                       {w.a1.place, "172.31.0.254:80", ""},
+		"tenant to the nodes' router, node 2":               {w.b2.place, "172.31.0.254:80", ""},
+		"tenant to the nodes' router by load balancer":      {w.a1.place, "198.51.100.4:80", ""},
 		"tenant to its node's kubelet":                      {w.a1.place, "172.31.0.1:10250", ""},
 		"tenant to the other node's kubelet":                {w.a1.place, "172.31.0.2:10250", ""},
 		"tenant to another address of the node":             {w.a1.place, "192.0.2.1:10250", ""},
