@@ -32,12 +32,12 @@ type suite struct {
 }
 
 func suites() []suite {
-	unit := []string{"go", "test", "-race", "-timeout=15m", "./api/...", "./internal/...", "./cmd/...", "./images/...", "./test/runner/..."}
+	unit := []string{"go", "test", "-race", "-timeout=15m", "./api/...", "./internal/...", "./cmd/...", "./images/...", "./bench/...", "./test/runner/..."}
 	return []suite{
 		{name: "generated code", argv: []string{"./test/generated.sh"}},
 		{name: "lint", argv: []string{"make", "--no-print-directory", "lint"}},
 		{name: "unit and kernel", argv: unit, goes: true},
-		{name: "gVisor shim", dir: "upstream/gvisor", argv: []string{"go", "test", "-timeout=10m", "./shim/..."}, goes: true},
+		{name: "gVisor shim", dir: "upstream/gvisor", argv: []string{"go", "test", "-race", "-timeout=10m", "./shim/..."}, goes: true},
 		{name: "cluster", argv: []string{"go", "test", "-timeout=40m", "./test/e2e/..."}, goes: true},
 	}
 }
@@ -59,7 +59,7 @@ func main() {
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	all := runAll(ctx, *only)
+	all := runAll(ctx, suites(), *only)
 	stop()
 	for _, f := range all.failures {
 		fmt.Printf("failed: %s\n", f)
@@ -70,16 +70,23 @@ func main() {
 	}
 }
 
-func runAll(ctx context.Context, only string) totals {
+// runAll runs the suites whose name contains only. An interrupt fails those that
+// it keeps from running, too: what was not tested has not passed.
+func runAll(ctx context.Context, suites []suite, only string) totals {
 	var all totals
-	for _, s := range suites() {
-		if !strings.Contains(s.name, only) || ctx.Err() != nil {
-			continue
+	for _, s := range suites {
+		switch {
+		case !strings.Contains(s.name, only):
+		case ctx.Err() != nil:
+			all.add(failure(s, time.Now(), errInterrupted))
+		default:
+			all.add(run(ctx, s))
 		}
-		all.add(run(ctx, s))
 	}
 	return all
 }
+
+var errInterrupted = errors.New("interrupted")
 
 // run executes one suite and reports it on standard output.
 func run(ctx context.Context, s suite) totals {
@@ -111,6 +118,9 @@ func run(ctx context.Context, s suite) totals {
 		_, _ = io.Copy(errOut, out)
 	}
 	err = cmd.Wait()
+	if ctx.Err() != nil {
+		err = errInterrupted // also of a command that ends well when it is told to end
+	}
 	switch {
 	case err != nil && t.failed == 0:
 		fmt.Print(errOut.String())

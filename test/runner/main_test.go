@@ -2,6 +2,8 @@ package main
 
 import (
 	"io"
+	"os"
+	"os/signal"
 	"reflect"
 	"strings"
 	"testing"
@@ -56,6 +58,33 @@ func TestCount(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			if got := count(strings.NewReader(c.events), io.Discard, time.Now()); !reflect.DeepEqual(got, c.want) {
 				t.Errorf("count() = %+v, want %+v", got, c.want)
+			}
+		})
+	}
+}
+
+func TestRunAll(t *testing.T) {
+	// A suite that interrupts the run as ^C would, and ends well.
+	interrupt := suite{name: "interrupted", argv: []string{"sh", "-c", "kill -INT $PPID; trap 'exit 0' INT; while :; do sleep 0.01; done"}}
+	ok, bad := suite{name: "ok", argv: []string{"true"}}, suite{name: "bad", argv: []string{"false"}}
+	cases := map[string]struct {
+		suites []suite
+		only   string
+		want   totals
+	}{
+		"each is counted": {suites: []suite{ok, bad, ok}, want: totals{passed: 2, failed: 1, failures: []string{"bad: exit status 1"}}},
+		"only some":       {suites: []suite{ok, bad}, only: "o", want: totals{passed: 1}},
+		"after an interrupt nothing passes": {
+			suites: []suite{ok, interrupt, ok, bad}, only: "",
+			want: totals{passed: 1, failed: 3, failures: []string{"interrupted: interrupted", "ok: interrupted", "bad: interrupted"}},
+		},
+	}
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt)
+			defer stop()
+			if got := runAll(ctx, c.suites, c.only); !reflect.DeepEqual(got, c.want) {
+				t.Errorf("runAll() = %+v, want %+v", got, c.want)
 			}
 		})
 	}

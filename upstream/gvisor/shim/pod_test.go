@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"fmt"
 	"io"
@@ -249,7 +250,7 @@ func TestPod(t *testing.T) {
 	t.Run("loopback connections reach an application that is bound to loopback", func(t *testing.T) {
 		client := &http.Client{Timeout: testTimeout, Transport: &http.Transport{
 			DisableKeepAlives: true,
-			Dial:              func(_, address string) (net.Conn, error) { return pod.dial(address) },
+			DialContext:       func(_ context.Context, _, address string) (net.Conn, error) { return pod.dial(address) },
 		}}
 		var body []byte
 		eventually(t, "the application answers", func() bool {

@@ -55,7 +55,7 @@ func listenAddress() (string, error) {
 }
 
 // RegisterTTRPC implements shim.TTRPCService.
-func (s *service) RegisterTTRPC(server *ttrpc.Server) error {
+func (s *service) RegisterTTRPC(server *ttrpc.Server) error { //nolint:unparam // the interface of containerd's plugins
 	task.RegisterTaskService(server, s)
 	if sandboxes, ok := s.TaskServiceExt.(sandbox.TTRPCSandboxService); ok {
 		sandbox.RegisterTTRPCSandboxService(server, sandboxes)
