@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -33,6 +35,8 @@ type registry struct {
 	node  string
 	stale bool
 	fail  error
+	// reserved is what the node shall avoid, and broken what it claimed of it all the same.
+	reserved, broken []netip.Prefix
 }
 
 func (r *registry) Taken(network string) []netip.Prefix {
@@ -58,6 +62,9 @@ func (r *registry) Claim(_ context.Context, network string, block netip.Prefix) 
 		return ErrTaken
 	}
 	r.blocks[name] = claimed{network, r.node, block}
+	if slices.ContainsFunc(r.reserved, block.Overlaps) {
+		r.broken = append(r.broken, block)
+	}
 	return nil
 }
 
@@ -265,6 +272,7 @@ func (n *node) restart() error {
 	}
 	n.store = store
 	n.ledger = NewLedger(n.registry, time.Now)
+	n.ledger.Avoid(n.registry.reserved)
 	for _, c := range n.registry.blocks {
 		if c.node == n.name {
 			if err := n.ledger.Hold(c.network, n.cidrs[c.network], c.block); err != nil {
@@ -284,137 +292,202 @@ func (n *node) restart() error {
 	return nil
 }
 
+// drawCIDR draws a range as a Network may have it. Most overlap with one that was
+// drawn before, small ones are many: collisions and exhaustion are common.
+func drawCIDR(t *rapid.T, before []netip.Prefix) netip.Prefix {
+	bits := rapid.OneOf(rapid.IntRange(22, 26), rapid.IntRange(8, 26)).Draw(t, "bits")
+	// Unicast, and not what a node has for itself.
+	address := rapid.Uint32Range(1<<24, 224<<24-1).Draw(t, "address")
+	if len(before) > 0 && rapid.IntRange(0, 3).Draw(t, "apart") > 0 {
+		near := rapid.SampledFrom(before).Draw(t, "near")
+		address = uint32(first(near)) | address&(1<<(32-near.Bits())-1)
+	}
+	return netip.PrefixFrom(toAddr(uint64(address)), bits).Masked()
+}
+
 // TestRules drives random clusters through random lives and checks the package's
 // two rules, and that nothing is lost, after every step.
 func TestRules(t *testing.T) {
-	root := t.TempDir()
-	rapid.Check(t, func(t *rapid.T) {
-		ctx := context.Background()
-		dir, err := os.MkdirTemp(root, "")
+	// Thousands of Networks: each of the clusters has up to twelve. They are many
+	// small runs because rapid's own number of checks is a flag of the test program.
+	for i := range 6 {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
+			rapid.Check(t, func(t *rapid.T) { randomLife(t) })
+		})
+	}
+}
+
+func randomLife(t *rapid.T) {
+	ctx := context.Background()
+	// In memory, if there is such a place: what a disk does is TestStore's business.
+	root := "/dev/shm"
+	if _, err := os.Stat(root); err != nil {
+		root = ""
+	}
+	dir, err := os.MkdirTemp(root, "h8s-ledger-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+
+	cidrs := map[string]netip.Prefix{}
+	var networks []string
+	var ranges []netip.Prefix
+	for i := range rapid.IntRange(1, 12).Draw(t, "networks") {
+		name := fmt.Sprintf("net%d", i)
+		networks = append(networks, name)
+		cidrs[name] = drawCIDR(t, ranges)
+		ranges = append(ranges, cidrs[name])
+	}
+	c := newCluster()
+	var nodes []*node
+	disks := 0
+	join := func(t *rapid.T, name string) {
+		disks++
+		store, err := OpenStore(fmt.Sprintf("%s/%d", dir, disks))
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer os.RemoveAll(dir)
-
-		// Few, small, overlapping ranges: collisions and exhaustion are common.
-		ranges := prefixes("10.0.0.0/26", "10.0.0.0/25", "10.0.0.0/24", "10.0.0.64/26", "10.0.0.128/25", "10.0.0.0/16", "10.0.1.0/24", "192.168.0.0/26")
-		cidrs := map[string]netip.Prefix{}
-		var networks []string
-		for i := range rapid.IntRange(1, 12).Draw(t, "networks") {
-			name := fmt.Sprintf("net%d", i)
-			networks = append(networks, name)
-			cidrs[name] = rapid.SampledFrom(ranges).Draw(t, "cidr")
+		n := &node{name: name, registry: &registry{cluster: c, node: name}, store: store, cidrs: cidrs}
+		if err := n.restart(); err != nil {
+			t.Fatal(err)
 		}
-		c := newCluster()
-		var nodes []*node
-		for i := range rapid.IntRange(1, 4).Draw(t, "nodes") {
-			name := fmt.Sprintf("n%d", i)
-			store, err := OpenStore(dir + "/" + name)
+		nodes = append(nodes, n)
+	}
+	for i := range rapid.IntRange(1, 4).Draw(t, "nodes") {
+		join(t, fmt.Sprintf("n%d", i))
+	}
+	var lost []string                   // names of nodes
+	attached := map[string]Attachment{} // what must not be lost, by node/key
+	serial := 0
+
+	add := func(t *rapid.T, crash bool) {
+		n := rapid.SampledFrom(nodes).Draw(t, "node")
+		network := rapid.SampledFrom(networks).Draw(t, "network")
+		n.registry.stale = rapid.Bool().Draw(t, "stale")
+		for range rapid.IntRange(1, 20).Draw(t, "pods") {
+			addr, err := n.ledger.Allocate(ctx, network, cidrs[network])
+			var exhausted *ExhaustedError
+			if errors.As(err, &exhausted) {
+				return
+			}
 			if err != nil {
 				t.Fatal(err)
 			}
-			n := &node{name: name, registry: &registry{cluster: c, node: name}, store: store, cidrs: cidrs}
+			if crash {
+				break // after a claim, before the record
+			}
+			serial++
+			a := Attachment{ContainerID: fmt.Sprintf("c%d", serial), IfName: "eth0", Network: network, CIDR: cidrs[network], Address: addr}
+			if err := n.store.Put(a); err != nil {
+				t.Fatal(err)
+			}
+			attached[n.name+"/"+a.Key()] = a
+		}
+		if crash {
 			if err := n.restart(); err != nil {
 				t.Fatal(err)
 			}
-			nodes = append(nodes, n)
 		}
-		attached := map[string]Attachment{} // what must not be lost, by node/key
-		serial := 0
+	}
+	release := func(t *rapid.T, crash bool) {
+		n := rapid.SampledFrom(nodes).Draw(t, "node")
+		for _, network := range networks {
+			for _, block := range n.ledger.Idle(network, 0) {
+				if !n.ledger.Retire(network, block) {
+					t.Fatalf("idle Block %s is in use", block)
+				}
+				if crash && rapid.Bool().Draw(t, "before deletion") {
+					continue
+				}
+				delete(c.blocks, BlockName(network, block))
+				if !crash {
+					n.ledger.Drop(network, block)
+				}
+			}
+		}
+		if crash {
+			if err := n.restart(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 
-		add := func(t *rapid.T, crash bool) {
+	t.Repeat(map[string]func(*rapid.T){
+		"add":                   func(t *rapid.T) { add(t, false) },
+		"add more":              func(t *rapid.T) { add(t, false) },
+		"crash while adding":    func(t *rapid.T) { add(t, true) },
+		"release":               func(t *rapid.T) { release(t, false) },
+		"crash while releasing": func(t *rapid.T) { release(t, true) },
+		"delete": func(t *rapid.T) {
+			n := rapid.SampledFrom(nodes).Draw(t, "node")
+			records, err := n.store.Load()
+			if err != nil {
+				t.Fatal(err)
+			}
+			crash := rapid.Bool().Draw(t, "crash")
+			for _, a := range records {
+				if !rapid.Bool().Draw(t, "delete") {
+					continue
+				}
+				if err := n.store.Delete(a.ContainerID, a.IfName); err != nil {
+					t.Fatal(err)
+				}
+				delete(attached, n.name+"/"+a.Key())
+				if !crash {
+					n.ledger.Free(a.Network, a.Address)
+				}
+			}
+			if crash {
+				if err := n.restart(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		"the API server is down": func(t *rapid.T) {
 			n := rapid.SampledFrom(nodes).Draw(t, "node")
 			network := rapid.SampledFrom(networks).Draw(t, "network")
-			n.registry.stale = rapid.Bool().Draw(t, "stale")
-			for range rapid.IntRange(1, 20).Draw(t, "pods") {
-				addr, err := n.ledger.Allocate(ctx, network, cidrs[network])
-				var exhausted *ExhaustedError
-				if errors.As(err, &exhausted) {
-					return
-				}
-				if err != nil {
-					t.Fatal(err)
-				}
-				if crash {
-					break // after a claim, before the record
-				}
-				serial++
-				a := Attachment{ContainerID: fmt.Sprintf("c%d", serial), IfName: "eth0", Network: network, CIDR: cidrs[network], Address: addr}
-				if err := n.store.Put(a); err != nil {
-					t.Fatal(err)
-				}
-				attached[n.name+"/"+a.Key()] = a
+			n.registry.fail = errors.New("down")
+			defer func() { n.registry.fail = nil }()
+			if addr, err := n.ledger.Allocate(ctx, network, cidrs[network]); err == nil {
+				n.ledger.Free(network, addr)
 			}
-			if crash {
-				if err := n.restart(); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		release := func(t *rapid.T, crash bool) {
+		},
+		"the cluster takes a range": func(t *rapid.T) {
 			n := rapid.SampledFrom(nodes).Draw(t, "node")
-			for _, network := range networks {
-				for _, block := range n.ledger.Idle(network, 0) {
-					if !n.ledger.Retire(network, block) {
-						t.Fatalf("idle Block %s is in use", block)
-					}
-					if crash && rapid.Bool().Draw(t, "before deletion") {
-						continue
-					}
-					delete(c.blocks, BlockName(network, block))
-					if !crash {
-						n.ledger.Drop(network, block)
-					}
-				}
+			var reserved []netip.Prefix
+			for range rapid.IntRange(0, 3).Draw(t, "ranges") {
+				reserved = append(reserved, drawCIDR(t, ranges))
 			}
-			if crash {
-				if err := n.restart(); err != nil {
-					t.Fatal(err)
-				}
+			n.registry.reserved = reserved
+			n.ledger.Avoid(reserved)
+		},
+		"a node is lost": func(t *rapid.T) {
+			if len(nodes) == 1 {
+				t.Skip("the last one")
 			}
-		}
-
-		t.Repeat(map[string]func(*rapid.T){
-			"add":                   func(t *rapid.T) { add(t, false) },
-			"crash while adding":    func(t *rapid.T) { add(t, true) },
-			"release":               func(t *rapid.T) { release(t, false) },
-			"crash while releasing": func(t *rapid.T) { release(t, true) },
-			"delete": func(t *rapid.T) {
-				n := rapid.SampledFrom(nodes).Draw(t, "node")
-				records, err := n.store.Load()
-				if err != nil {
-					t.Fatal(err)
-				}
-				crash := rapid.Bool().Draw(t, "crash")
-				for _, a := range records {
-					if !rapid.Bool().Draw(t, "delete") {
-						continue
-					}
-					if err := n.store.Delete(a.ContainerID, a.IfName); err != nil {
-						t.Fatal(err)
-					}
-					delete(attached, n.name+"/"+a.Key())
-					if !crash {
-						n.ledger.Free(a.Network, a.Address)
-					}
-				}
-				if crash {
-					if err := n.restart(); err != nil {
-						t.Fatal(err)
-					}
-				}
-			},
-			"the API server is down": func(t *rapid.T) {
-				n := rapid.SampledFrom(nodes).Draw(t, "node")
-				network := rapid.SampledFrom(networks).Draw(t, "network")
-				n.registry.fail = errors.New("down")
-				defer func() { n.registry.fail = nil }()
-				if addr, err := n.ledger.Allocate(ctx, network, cidrs[network]); err == nil {
-					n.ledger.Free(network, addr)
-				}
-			},
-			"": func(t *rapid.T) { checkRules(t, c, nodes, attached) },
-		})
+			i := rapid.IntRange(0, len(nodes)-1).Draw(t, "node")
+			name := nodes[i].name
+			nodes = slices.Delete(nodes, i, i+1)
+			lost = append(lost, name)
+			maps.DeleteFunc(attached, func(key string, _ Attachment) bool { return strings.HasPrefix(key, name+"/") })
+		},
+		"the controller reaps": func(*rapid.T) { // its Blocks go some time later
+			maps.DeleteFunc(c.blocks, func(_ string, b claimed) bool { return slices.Contains(lost, b.node) })
+		},
+		"a node joins": func(t *rapid.T) { // with an empty disk; perhaps one of a name that was there
+			if len(nodes) == 4 {
+				t.Skip("enough")
+			}
+			name := fmt.Sprintf("m%d", disks)
+			if len(lost) > 0 && rapid.Bool().Draw(t, "again") {
+				name = rapid.SampledFrom(lost).Draw(t, "name")
+				lost = slices.DeleteFunc(lost, func(s string) bool { return s == name })
+			}
+			join(t, name)
+		},
+		"": func(t *rapid.T) { checkRules(t, c, nodes, attached) },
 	})
 }
 
@@ -442,6 +515,9 @@ func checkRules(t *rapid.T, c *cluster, nodes []*node, attached map[string]Attac
 	owners := map[string]string{}
 	found := 0
 	for _, n := range nodes {
+		if len(n.registry.broken) > 0 {
+			t.Fatalf("%s claimed %v although it shall avoid %v", n.name, n.registry.broken, n.registry.reserved)
+		}
 		records, err := n.store.Load()
 		if err != nil {
 			t.Fatal(err)
