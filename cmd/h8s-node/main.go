@@ -14,13 +14,13 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/miekg/dns"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 	"k8s.io/client-go/tools/clientcmd"
 
 	"h8s.io/hypernetes/internal/agent"
 	"h8s.io/hypernetes/internal/cni"
+	"h8s.io/hypernetes/internal/dns"
 )
 
 func main() {
@@ -38,7 +38,7 @@ type options struct {
 	nodeIP, clusterDNS       string
 	serviceCIDRs, podCIDRs   []string
 	infrastructure, denied   []string
-	resolvConf               string
+	resolvConf               []string
 	kubeconfig, health, logs string
 }
 
@@ -71,7 +71,7 @@ func command() *cobra.Command {
 	f.StringSliceVar(&opts.podCIDRs, "pod-cidr", nil, "ranges of the default network, added to those of Node objects")
 	f.StringSliceVar(&opts.infrastructure, "infrastructure-cidr", nil, "other ranges of the cluster's own, such as the nodes' network: no tenant reaches them, no Network may overlap with them")
 	f.StringSliceVar(&opts.denied, "denied-cidr", nil, "ranges outside of the cluster that no tenant reaches; Networks may have the same addresses")
-	f.StringVar(&opts.resolvConf, "resolv-conf", "/etc/resolv.conf", "file that names the host's resolvers")
+	f.StringSliceVar(&opts.resolvConf, "resolv-conf", []string{"/etc/resolv.conf"}, "files that name the host's resolvers: the first that does counts, and is followed when it changes")
 	f.StringVar(&cfg.CNIPlugin, "cni-plugin", "/usr/local/bin/h8s-cni", "program to copy to --cni-bin-dir; empty: it is there")
 	f.StringVar(&cfg.CNIBinDir, "cni-bin-dir", "/opt/cni/bin", "where the container runtime finds CNI plugins")
 	f.StringVar(&cfg.CNIConfDir, "cni-conf-dir", "/etc/cni/net.d", "where the container runtime finds CNI configuration")
@@ -126,11 +126,11 @@ func (o options) complete(cfg *agent.Config) error {
 			return fmt.Errorf("--%s: %w", list.flag, err)
 		}
 	}
-	resolv, err := dns.ClientConfigFromFile(o.resolvConf)
+	resolv, err := dns.NewResolvConf(o.resolvConf...)
 	if err != nil {
 		return fmt.Errorf("--resolv-conf: %w", err)
 	}
-	cfg.Resolvers = resolv.Servers
+	cfg.Resolvers = resolv.Resolvers
 	return nil
 }
 

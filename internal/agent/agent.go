@@ -48,7 +48,7 @@ const (
 )
 
 // Config is what one node agent is told. Every field but Underlay, NodeIP,
-// CNIPlugin, Resolvers and the last two lists of CIDRs is needed.
+// CNIPlugin and the last two lists of CIDRs is needed.
 type Config struct {
 	NodeName string
 	// NodeIP is found in the Node object if it is not set.
@@ -65,8 +65,9 @@ type Config struct {
 	// DeniedCIDRs are not the cluster's, so that a Network may have the same
 	// addresses; but no pod of a tenant gets out to them.
 	DeniedCIDRs []netip.Prefix
-	// Resolvers answer for names outside the cluster, as host or host:port.
-	Resolvers []string
+	// Resolvers answer for names outside the cluster, as host or host:port. They
+	// may change; it is called concurrently.
+	Resolvers func() []string
 	// CNIPlugin is the program h8s-cni that is copied to CNIBinDir; empty: it is there.
 	CNIPlugin, CNIBinDir, CNIConfDir string
 	Socket, StateDir, NetnsDir       string

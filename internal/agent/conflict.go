@@ -56,7 +56,7 @@ func (a *Agent) uses() ([]use, error) {
 	for _, ip := range nodeIPs {
 		uses = append(uses, use{netip.PrefixFrom(ip, ip.BitLen()), "the address of a node"})
 	}
-	for _, r := range a.cfg.Resolvers {
+	for _, r := range a.cfg.Resolvers() {
 		if ip, ok := resolverAddr(r); ok {
 			uses = append(uses, use{netip.PrefixFrom(ip, ip.BitLen()), "a name server"})
 		}

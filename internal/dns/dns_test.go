@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -414,7 +416,7 @@ func TestForwarder(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			q := query("www.example.com.", dns.TypeA)
-			got, err := NewForwarder(tc.resolvers).Exchange(t.Context(), q)
+			got, err := NewForwarder(func() []string { return tc.resolvers }).Exchange(t.Context(), q)
 			if (err != nil) != tc.err {
 				t.Fatalf("%v", err)
 			}
@@ -423,8 +425,55 @@ func TestForwarder(t *testing.T) {
 			}
 		})
 	}
+	t.Run("resolv.conf that changes", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "resolv.conf")
+		if r, err := NewResolvConf(path); err == nil {
+			t.Fatalf("without a file: %v", r.Resolvers())
+		}
+		write := func(content string) {
+			t.Helper()
+			if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write("search example.com\nnameserver " + fails + "\n")
+		conf, err := NewResolvConf(filepath.Join(t.TempDir(), "none"), path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		forward := NewForwarder(conf.Resolvers)
+		rcode := func() int {
+			t.Helper()
+			got, err := forward.Exchange(t.Context(), query("www.example.com.", dns.TypeA))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return got.Rcode
+		}
+		if got := rcode(); got != dns.RcodeServerFailure {
+			t.Errorf("before: %s", dns.RcodeToString[got])
+		}
+		write("nameserver " + works + "\n")
+		if got := rcode(); got != dns.RcodeSuccess {
+			t.Errorf("after a change: %s", dns.RcodeToString[got])
+		}
+		write("") // as in the middle of a write
+		if got := rcode(); got != dns.RcodeSuccess {
+			t.Errorf("with an empty file: %s", dns.RcodeToString[got])
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		if got := rcode(); got != dns.RcodeSuccess {
+			t.Errorf("without the file: %s", dns.RcodeToString[got])
+		}
+		write("nameserver 192.0.2.1\nnameserver fd00::1\nnameserver [fd00::1]:5353\n")
+		if got, want := conf.Resolvers(), []string{"192.0.2.1", "fd00::1", "[fd00::1]:5353"}; !slices.Equal(got, want) {
+			t.Errorf("resolvers are %v, want %v", got, want)
+		}
+	})
 	t.Run("through the server, by UDP, truncated", func(t *testing.T) {
-		s := NewServer("cluster.local", NewForwarder([]string{works}))
+		s := NewServer("cluster.local", NewForwarder(func() []string { return []string{works} }))
 		s.SetZone(NewZone("cluster.local", Records{}))
 		at := serve(t, s)
 		got, _, err := (&dns.Client{Timeout: 10 * time.Second}).Exchange(query("www.example.com.", dns.TypeA), at)

@@ -13,27 +13,21 @@ import (
 // resolverTimeout is for how long one resolver is waited for before the next is asked.
 const resolverTimeout = 2 * time.Second
 
-type forwarder struct{ resolvers []string }
+type forwarder struct{ resolvers func() []string }
 
 // NewForwarder returns a Forwarder that asks resolvers (host or host:port) in order, from the network namespace of
-// the process. It is stateless and may serve any number of Servers.
-func NewForwarder(resolvers []string) Forwarder {
-	f := forwarder{}
-	for _, r := range resolvers {
-		if _, _, err := net.SplitHostPort(r); err != nil {
-			r = net.JoinHostPort(r, "53")
-		}
-		f.resolvers = append(f.resolvers, r)
-	}
-	return f
-}
+// the process; for every query it asks anew who they are. It is stateless and may serve any number of Servers.
+func NewForwarder(resolvers func() []string) Forwarder { return forwarder{resolvers} }
 
 // Exchange asks one resolver after the other until one gives an answer other than a failure of its own; what is too
 // long for UDP it asks again by TCP.
 func (f forwarder) Exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
 	var failed *dns.Msg
 	errs := errors.New("no resolver is configured")
-	for i, r := range f.resolvers {
+	for i, r := range f.resolvers() {
+		if _, _, err := net.SplitHostPort(r); err != nil {
+			r = net.JoinHostPort(r, "53")
+		}
 		reply, err := ask(ctx, r, query)
 		switch {
 		case err == nil && reply.Rcode != dns.RcodeServerFailure && reply.Rcode != dns.RcodeRefused:
