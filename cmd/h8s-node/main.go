@@ -21,6 +21,7 @@ import (
 	"h8s.io/hypernetes/internal/agent"
 	"h8s.io/hypernetes/internal/cni"
 	"h8s.io/hypernetes/internal/dns"
+	"h8s.io/hypernetes/internal/portal"
 )
 
 func main() {
@@ -89,13 +90,15 @@ func command() *cobra.Command {
 }
 
 // uninstall hands the node's pods back to the default network; for the time when
-// the product leaves the cluster.
+// the product has left the cluster.
 func uninstall(cfg *agent.Config) *cobra.Command {
 	return &cobra.Command{
 		Use:   "uninstall",
-		Short: "Remove the CNI plugin and its configuration from this node",
+		Short: "Remove the CNI plugin, its configuration and the guard rules from this node, on which no agent runs any more",
 		Args:  cobra.NoArgs,
-		RunE:  func(*cobra.Command, []string) error { return cni.Uninstall(cfg.CNIBinDir, cfg.CNIConfDir) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return errors.Join(cni.Uninstall(cfg.CNIBinDir, cfg.CNIConfDir), portal.RemoveGuard(cmd.Context()))
+		},
 	}
 }
 

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // CheckStatus is the outcome of one check.
@@ -118,14 +120,52 @@ func diagnoseLeftovers() []Check {
 	}
 	checks = append(checks, check)
 
-	portals, err := filepath.Glob("/run/netns/h8s-*")
-	if err == nil && len(portals) > 0 {
-		return append(checks, Check{
-			"leftover portals", CheckWarn, fmt.Sprintf("network namespaces %v in the machine's own /run/netns", portals),
-			"nothing, if this machine is itself a node with Hypernetes or its tests are running; else `ip netns delete`",
-		})
+	return append(checks, diagnoseAgentLeftovers(os.Getpid(), StateRoot))
+}
+
+// diagnoseAgentLeftovers looks for what a node agent made on the machine of the
+// process pid. As long as one runs there it is its own to tend; who knows what it
+// is good for is the API server, which this machine's doctor does not ask.
+func diagnoseAgentLeftovers(pid int, state string) Check {
+	const name = "leftovers of a node agent"
+	f, err := inspect("this machine", pid)
+	if err != nil {
+		return Check{name, CheckFail, err.Error(), ""}
 	}
-	return append(checks, passed("leftover portals", ""))
+	left := f.names()
+	if len(left) == 0 {
+		return passed(name, "")
+	}
+	runs, err := agentRuns(state)
+	switch {
+	case err != nil:
+		return Check{name, CheckFail, err.Error(), ""}
+	case runs:
+		return passed(name, "this machine is a node of Hypernetes, and its agent runs")
+	}
+	return Check{
+		name, CheckFail, strings.Join(left, "; ") + "; and no agent runs",
+		"nothing, if the agent is being restarted; if Hypernetes has left the cluster, `h8s-node uninstall`, as docs/operations.md says",
+	}
+}
+
+// agentRuns says whether a node agent has its state directory locked.
+func agentRuns(state string) (bool, error) {
+	f, err := os.Open(filepath.Join(state, "lock"))
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look whether a node agent runs: %w", err)
+	}
+	defer f.Close()
+	switch err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return true, nil
+	case err != nil:
+		return false, fmt.Errorf("look whether a node agent runs: %w", err)
+	}
+	return false, nil
 }
 
 // cgroupClusters are the names of clusters that have cgroups.
@@ -177,7 +217,6 @@ func (c *Config) diagnose(ctx context.Context) []Check {
 	checks := []Check{passed(name, fmt.Sprintf("%d nodes ready", len(c.Nodes)))}
 	leftovers, err := c.portalLeftovers(ctx)
 	switch {
-	case errors.Is(err, errNoProduct):
 	case err != nil:
 		checks = append(checks, Check{name + " networks", CheckFail, err.Error(), ""})
 	case len(leftovers) > 0:
@@ -186,7 +225,7 @@ func (c *Config) diagnose(ctx context.Context) []Check {
 			"nothing, if it was deleted a moment ago; else look into the log of the node's agent: kubectl -n " + productNamespace + " logs -l app.kubernetes.io/component=node",
 		})
 	default:
-		checks = append(checks, passed(name+" networks", "no leftover portals, links, Blocks or attachments"))
+		checks = append(checks, passed(name+" networks", "no leftover portals, links, routes, nftables tables, Blocks or addresses"))
 	}
 	return checks
 }

@@ -2,46 +2,24 @@ package cluster
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
-	"golang.org/x/sys/unix"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"h8s.io/hypernetes/api/v1alpha1"
-	"h8s.io/hypernetes/internal/network"
+	"h8s.io/hypernetes/internal/portal"
 )
-
-// uplinkPrefix begins the names of the node's ends of portals' uplinks.
-const uplinkPrefix = "h8su"
-
-// errNoProduct means that Hypernetes is not installed in a cluster.
-var errNoProduct = errors.New("hypernetes is not installed")
-
-// found is what a node has that belongs to some Network or pod.
-type found struct {
-	node        string
-	portals     []string // file names in /run/netns
-	uplinks     []string // links h8su*
-	routes      []blockRoute
-	attachments []network.Attachment
-}
-
-// blockRoute is a node's route to a Block through a Network's uplink.
-type blockRoute struct{ cidr, link string }
 
 // wanted is what the API server knows.
 type wanted struct {
+	agents   bool             // there is a DaemonSet of node agents
 	networks map[int64]string // names by ID
 	pods     map[types.UID]bool
 	nodes    map[string]bool
@@ -55,7 +33,11 @@ func (c *Config) portalLeftovers(ctx context.Context) ([]string, error) {
 	// after the look at the API server is none. So: the nodes first.
 	var nodes []found
 	for _, n := range c.Nodes {
-		f, err := c.inspectNode(n)
+		pid := nodePID(c.Name, n.Name)
+		if pid == 0 {
+			return nil, fmt.Errorf("node %s does not run", n.Name)
+		}
+		f, err := inspect(n.Name, pid)
 		if err != nil {
 			return nil, fmt.Errorf("inspect node %s: %w", n.Name, err)
 		}
@@ -68,101 +50,35 @@ func (c *Config) portalLeftovers(ctx context.Context) ([]string, error) {
 	return w.leftovers(nodes), nil
 }
 
-func (c *Config) inspectNode(n Node) (found, error) {
-	f := found{node: n.Name}
-	names, err := filepath.Glob(c.state().node(n.Name, "run", "netns", "h8s-*"))
-	if err != nil {
-		return f, err
-	}
-	for _, name := range names {
-		f.portals = append(f.portals, filepath.Base(name))
-	}
-	if f.uplinks, f.routes, err = nodeUplinks(nodePID(c.Name, n.Name)); err != nil {
-		return f, err
-	}
-	records, err := filepath.Glob(c.state().node(n.Name, "var", "lib", "h8s", "attachments", "*.json"))
-	if err != nil {
-		return f, err
-	}
-	for _, record := range records {
-		data, err := os.ReadFile(record)
-		if errors.Is(err, os.ErrNotExist) {
-			continue // removed meanwhile
-		}
-		if err != nil {
-			return f, err
-		}
-		var a network.Attachment
-		if err := json.Unmarshal(data, &a); err != nil {
-			return f, fmt.Errorf("attachment %s is damaged: %w", record, err)
-		}
-		f.attachments = append(f.attachments, a)
-	}
-	return f, nil
-}
-
-// nodeUplinks are the node's ends of its portals' uplinks, and the routes to Blocks through them.
-func nodeUplinks(pid int) (names []string, routes []blockRoute, err error) {
-	if pid == 0 {
-		return nil, nil, errors.New("it does not run")
-	}
-	ns, err := netns.GetFromPid(pid)
-	if err != nil {
-		return nil, nil, fmt.Errorf("open its network namespace: %w", err)
-	}
-	defer ns.Close()
-	handle, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, nil, fmt.Errorf("reach into its network namespace: %w", err)
-	}
-	defer handle.Close()
-	links, err := handle.LinkList()
-	if err != nil {
-		return nil, nil, fmt.Errorf("list its links: %w", err)
-	}
-	for _, l := range links {
-		name := l.Attrs().Name
-		if !strings.HasPrefix(name, uplinkPrefix) {
-			continue
-		}
-		names = append(names, name)
-		through, err := handle.RouteList(l, netlink.FAMILY_V4)
-		if err != nil {
-			return nil, nil, fmt.Errorf("list its routes by %s: %w", name, err)
-		}
-		for _, r := range through {
-			if r.Dst != nil && !r.Dst.IP.IsLinkLocalUnicast() {
-				routes = append(routes, blockRoute{r.Dst.String(), name})
-			}
-		}
-	}
-	return names, routes, nil
-}
-
 func (c *Config) whatIsWanted(ctx context.Context) (*wanted, error) {
-	client, err := c.objectClient()
+	api, err := c.objectClient()
 	if err != nil {
 		return nil, err
 	}
-	var networks v1alpha1.NetworkList
-	if err := client.List(ctx, &networks); meta.IsNoMatchError(err) {
-		return nil, errNoProduct
-	} else if err != nil {
-		return nil, fmt.Errorf("list Networks: %w", err)
+	var (
+		agents   appsv1.DaemonSetList
+		networks v1alpha1.NetworkList
+		blocks   v1alpha1.BlockList
+		nodes    corev1.NodeList
+		pods     corev1.PodList
+	)
+	for _, list := range []struct {
+		name string
+		of   client.ObjectList
+		opts []client.ListOption
+	}{
+		{"DaemonSets", &agents, []client.ListOption{client.MatchingLabels{"app.kubernetes.io/name": "h8s"}}},
+		{"Networks", &networks, nil},
+		{"Blocks", &blocks, nil},
+		{"Nodes", &nodes, nil},
+		{"Pods", &pods, nil},
+	} {
+		// Without our kinds nothing of ours is wanted.
+		if err := api.List(ctx, list.of, list.opts...); err != nil && !meta.IsNoMatchError(err) {
+			return nil, fmt.Errorf("list %s: %w", list.name, err)
+		}
 	}
-	var blocks v1alpha1.BlockList
-	if err := client.List(ctx, &blocks); err != nil {
-		return nil, fmt.Errorf("list Blocks: %w", err)
-	}
-	var nodes corev1.NodeList
-	if err := client.List(ctx, &nodes); err != nil {
-		return nil, fmt.Errorf("list Nodes: %w", err)
-	}
-	var pods corev1.PodList
-	if err := client.List(ctx, &pods); err != nil {
-		return nil, fmt.Errorf("list Pods: %w", err)
-	}
-	w := &wanted{networks: map[int64]string{}, pods: map[types.UID]bool{}, nodes: map[string]bool{}, blocks: blocks.Items}
+	w := &wanted{agents: len(agents.Items) > 0, networks: map[int64]string{}, pods: map[types.UID]bool{}, nodes: map[string]bool{}, blocks: blocks.Items}
 	for _, n := range networks.Items {
 		w.networks[int64(n.Status.ID)] = n.Name
 	}
@@ -178,39 +94,81 @@ func (c *Config) whatIsWanted(ctx context.Context) (*wanted, error) {
 // leftovers compares what was found with what is wanted.
 func (w *wanted) leftovers(nodes []found) []string {
 	var out []string
+	report := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
 	for _, f := range nodes {
-		for kind, names := range map[string][]string{"network namespace": f.portals, "link": f.uplinks} {
-			for _, name := range names {
-				if w.networkOf(name) == "" {
-					out = append(out, fmt.Sprintf("%s %s on node %s is of no Network", kind, name, f.node))
+		if !w.agents {
+			for _, file := range f.installed {
+				report("file %s on node %s is of no node agent", file, f.node)
+			}
+			if f.guarded {
+				report("nftables table %s on node %s is of no node agent", ownTable, f.node)
+			}
+		}
+		podLinks := map[string]bool{}
+		for _, a := range f.attachments {
+			podLinks[portal.HostIfName(a.ContainerID, a.IfName)] = true
+			if !w.pods[types.UID(a.PodUID)] {
+				report("address %s on node %s is held for pod %s/%s, which does not exist", a.Address, f.node, a.Namespace, a.Pod)
+			}
+		}
+		for _, p := range f.portals {
+			w.reportOwner(report, "network namespace", p.name, f.node)
+			for _, link := range p.podLinks {
+				if !podLinks[link] {
+					report("link %s in %s on node %s is of no pod", link, p.name, f.node)
+				}
+			}
+			for _, table := range p.tables {
+				if table != ownTable {
+					report("nftables table %s in %s on node %s is not of the portal", table, p.name, f.node)
 				}
 			}
 		}
+		for _, name := range f.uplinks {
+			w.reportOwner(report, "link", name, f.node)
+		}
 		for _, r := range f.routes {
 			network := w.networkOf(r.link)
-			if !slices.ContainsFunc(w.blocks, func(b v1alpha1.Block) bool {
-				return b.Spec == v1alpha1.BlockSpec{Network: network, CIDR: r.cidr, Node: f.node}
+			if !w.held(func(b v1alpha1.BlockSpec) bool {
+				return b == v1alpha1.BlockSpec{Network: network, CIDR: r.cidr, Node: f.node}
 			}) {
-				out = append(out, fmt.Sprintf("route to %s by %s on node %s is of no Block", r.cidr, r.link, f.node))
-			}
-		}
-		for _, a := range f.attachments {
-			if !w.pods[types.UID(a.PodUID)] {
-				out = append(out, fmt.Sprintf("address %s on node %s is held for pod %s/%s, which does not exist", a.Address, f.node, a.Namespace, a.Pod))
+				report("route to %s by %s on node %s is of no Block", r.cidr, r.link, f.node)
 			}
 		}
 	}
+	known := map[string]bool{}
+	for _, name := range w.networks {
+		known[name] = true
+	}
 	for _, b := range w.blocks {
 		if !w.nodes[b.Spec.Node] {
-			out = append(out, fmt.Sprintf("Block %s is held by node %s, which does not exist", b.Name, b.Spec.Node))
+			report("Block %s is held by node %s, which does not exist", b.Name, b.Spec.Node)
+		}
+		if !known[b.Spec.Network] {
+			report("Block %s is of Network %s, which does not exist", b.Name, b.Spec.Network)
 		}
 	}
 	return out
 }
 
+// reportOwner reports a portal or uplink without a Network, or of one that has no
+// address on the node: a Block comes before its portal and goes after it.
+func (w *wanted) reportOwner(report func(string, ...any), kind, name, node string) {
+	network := w.networkOf(name)
+	if network == "" {
+		report("%s %s on node %s is of no Network", kind, name, node)
+	} else if !w.held(func(b v1alpha1.BlockSpec) bool { return b.Network == network && b.Node == node }) {
+		report("%s %s on node %s is of Network %s, which has no Block there", kind, name, node, network)
+	}
+}
+
+func (w *wanted) held(match func(v1alpha1.BlockSpec) bool) bool {
+	return slices.ContainsFunc(w.blocks, func(b v1alpha1.Block) bool { return match(b.Spec) })
+}
+
 // networkOf is the name of the Network that a portal or an uplink is of; empty if there is none.
 func (w *wanted) networkOf(portalOrUplink string) string {
-	id, err := strconv.ParseInt(strings.TrimPrefix(strings.TrimPrefix(portalOrUplink, "h8s-"), uplinkPrefix), 10, 64)
+	id, err := strconv.ParseInt(strings.TrimPrefix(strings.TrimPrefix(portalOrUplink, portalPrefix), uplinkPrefix), 10, 64)
 	if err != nil {
 		return ""
 	}
