@@ -2,10 +2,12 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -187,16 +189,33 @@ func TestSideBySide(t *testing.T) {
 }
 
 // TestKill kills each component as a crash would. It must be started again, what
-// ran before must go on answering, and new pods must start.
+// ran before must go on answering, and all that it does must be done again.
 func TestKill(t *testing.T) {
 	tn := newTenant(t, "kill", "10.0.0.0/16")
 	control, other := nodes(t)[0], nodes(t)[1]
-	tn.run(t, pod("before", other, ""), pod("client", control, ""),
-		"apiVersion: v1\nkind: Service\nmetadata: {name: before}\nspec: {selector: {app: before}, ports: [{port: 80, targetPort: 8080}]}\n")
-	tn.waitReady(t, "before", "client")
+	system := tenant{name: "default", owner: admin, ns: "kill-default"} // of no tenant: the default network, and runc
+	kubectl(t, admin, "create", "namespace", system.ns)
+	t.Cleanup(func() { _, _ = try(admin, "delete", "namespace", system.ns, "--timeout=60s") })
+	const service = "apiVersion: v1\nkind: Service\nmetadata: {name: %[1]s}\nspec: {selector: {app: %[1]s}, ports: [{port: 80, targetPort: 8080}]}\n"
+	tn.run(t, pod("before", other, ""), pod("client", control, ""), pod("shim", other, ""), pod("sandbox", other, ""), pod("gofer", other, ""),
+		fmt.Sprintf(service, "before"), fmt.Sprintf(service, "after"))
+	eventually(t, 20*time.Second, func() error {
+		_, err := try(admin, "get", "serviceaccount", "default", "-n", system.ns)
+		return err
+	})
+	system.run(t, pod("shim", other, ""), fmt.Sprintf(service, "after"))
+	clusterIP := func(of tenant) string {
+		return kubectl(t, admin, "get", "service", "after", "-n", of.ns, "-o", "jsonpath={.spec.clusterIP}")
+	}
+	tenants, systems := clusterIP(tn), clusterIP(system)
+	tn.waitReady(t, "before", "client", "shim", "sandbox", "gofer")
+	system.waitReady(t, "shim")
 	ip := tn.ip(t, "before")
+	round := 0
 
-	// converged asserts that the pods that ran before still serve, and that a pod starts on node.
+	// converged asserts that the pods that ran before still serve, and that a change goes all the way: for it the
+	// controller manager makes a ReplicaSet and an EndpointSlice, the scheduler places its pod, kubelet and containerd
+	// start it on node; from there kube-proxy leads to it in the default network, and a portal in the tenant's.
 	converged := func(t *testing.T, node string) {
 		t.Helper()
 		eventually(t, 60*time.Second, func() error {
@@ -207,26 +226,44 @@ func TestKill(t *testing.T) {
 			return tn.connect("client", ip+":8080", "tcp")
 		})
 		eventually(t, 30*time.Second, func() error { return tn.connect("client", "before:80", "tcp") })
-		eventually(t, 60*time.Second, func() error {
-			_, err := tryInput(tn.owner, pod("after", node, ""), "apply", "-n", tn.ns, "-f", "-")
-			return err
-		})
-		tn.waitReady(t, "after")
-		if err := tn.connect("client", tn.ip(t, "after")+":8080", "tcp"); err != nil {
-			t.Error(err)
+		round++
+		for _, in := range []tenant{tn, system} {
+			eventually(t, 60*time.Second, func() error {
+				_, err := tryInput(in.owner, after(node, round), "apply", "-n", in.ns, "-f", "-")
+				return err
+			})
 		}
-		kubectl(t, tn.owner, "delete", "pod", "after", "-n", tn.ns, "--timeout=60s")
+		for in, ask := range map[tenant]func() (string, error){
+			tn: func() (string, error) { return tn.sh("client", "timeout 3 wget -q -O - http://"+tenants+"/hostname") },
+			system: func() (string, error) {
+				return tryNode(node, "timeout 3 busybox wget -q -O - http://"+systems+"/hostname")
+			},
+		} {
+			eventually(t, 90*time.Second, func() error {
+				want, err := try(in.owner, "get", "pods", "-n", in.ns, "-l", fmt.Sprintf("app=after,round=%d", round), "-o", "jsonpath={.items[*].metadata.name}")
+				if err != nil || want == "" {
+					return fmt.Errorf("there is no new pod in %s: %w", in.ns, err)
+				}
+				if got, err := ask(); err != nil || got != want {
+					return fmt.Errorf("Service after in %s, on node %s, is answered by %q, want %q: %w", in.ns, node, got, want, err)
+				}
+				return nil
+			})
+		}
 	}
 	for _, test := range []struct{ program, node string }{
 		{"etcd", control},
 		{"kube-apiserver", control},
 		{"kube-controller-manager", control},
 		{"kube-scheduler", control},
+		{"containerd", control},
 		{"containerd", other},
+		{"kubelet", control},
 		{"kubelet", other},
+		{"kube-proxy", control},
 		{"kube-proxy", other},
-		{"h8s-node", other},
 		{"h8s-node", control},
+		{"h8s-node", other},
 	} {
 		t.Run(test.program+" on "+test.node, func(t *testing.T) {
 			old := only(t, test.node, test.program)
@@ -236,12 +273,18 @@ func TestKill(t *testing.T) {
 		})
 	}
 	t.Run("h8s-controller", func(t *testing.T) {
+		var node string
+		var old []process
 		for _, n := range nodes(t) {
-			for _, old := range processes(n, "h8s-controller") {
-				old.kill(t)
-				restarted(t, n, "h8s-controller", old)
+			if found := processes(n, "h8s-controller"); len(found) > 0 {
+				node, old = n, append(old, found...)
 			}
 		}
+		if len(old) != 1 {
+			t.Fatalf("h8s-controller runs %d times, want once", len(old))
+		}
+		old[0].kill(t)
+		restarted(t, node, "h8s-controller", old[0])
 		converged(t, other)
 		// It works, and does not only run.
 		kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", `{"spec":{"quota":{"hard":{"configmaps":"77"}}}}`)
@@ -252,6 +295,60 @@ func TestKill(t *testing.T) {
 			}
 			return nil
 		})
+	})
+	t.Run("Pods' own", func(t *testing.T) {
+		// What stands between containerd and one pod: each in a pod of its own, which starts again and no other does.
+		sandbox := func(pod string) string {
+			held, err := attachments(other)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, a := range held {
+				if a.Namespace == tn.ns && a.Pod == pod {
+					return a.ContainerID
+				}
+			}
+			t.Fatalf("node %s has no record of pod %s", other, pod)
+			return ""
+		}
+		container := strings.TrimPrefix(kubectl(t, tn.owner, "get", "pod", "gofer", "-n", tn.ns, "-o", "jsonpath={.status.containerStatuses[0].containerID}"), "containerd://")
+		uid := kubectl(t, admin, "get", "pod", "shim", "-n", system.ns, "-o", "jsonpath={.metadata.uid}")
+		served := processesBelow("/h8s-"+cluster.cluster+"/"+other+"/kubepods/besteffort/pod"+uid+"/", "agnhost")
+		if len(served) != 1 {
+			t.Fatalf("the pod of the default network has %d processes, want one", len(served))
+		}
+		runcShim, err := served[0].parent()
+		if err != nil {
+			t.Fatal(err)
+		}
+		mark := func(program, id string) process {
+			found := slices.DeleteFunc(processes(other, program), func(p process) bool { return !strings.Contains(strings.Join(p.args, " "), id) })
+			if len(found) != 1 {
+				t.Fatalf("node %s runs %s of %s %d times", other, program, id, len(found))
+			}
+			return found[0]
+		}
+		victims := []process{mark("containerd-shim-runsc-v1", sandbox("shim")), mark("runsc-sandbox", sandbox("sandbox")), mark("runsc-gofer", container), runcShim}
+		for _, p := range victims {
+			p.kill(t)
+		}
+		for name, in := range map[string]tenant{"shim": tn, "sandbox": tn, "gofer": tn, "shim of runc": system} {
+			pod, _, _ := strings.Cut(name, " ")
+			eventually(t, 90*time.Second, func() error {
+				out, err := restartsAndReady(in, pod)
+				if err != nil || out != "1 True" {
+					return fmt.Errorf("%s was killed: restarts and readiness of its pod: %q, %w", name, out, err)
+				}
+				return nil
+			})
+			if in == tn {
+				eventually(t, 30*time.Second, func() error { return tn.connect("client", tn.ip(t, pod)+":8080", "tcp") })
+			}
+		}
+		if out, err := restartsAndReady(tn, "before"); err != nil || out != "0 True" {
+			t.Errorf("restarts and readiness of a pod of which nothing was killed: %q, %v", out, err)
+		}
+		converged(t, other)
 	})
 	t.Run("Init", func(t *testing.T) {
 		// The whole node goes, as when a machine loses power, and with it its pods.
@@ -268,7 +365,7 @@ func TestKill(t *testing.T) {
 			return err
 		})
 		eventually(t, 120*time.Second, func() error {
-			out, err := try(tn.owner, "get", "pod", "before", "-n", tn.ns, "-o", `jsonpath={.status.containerStatuses[0].restartCount} {.status.conditions[?(@.type=="Ready")].status}`)
+			out, err := restartsAndReady(tn, "before")
 			if err != nil || strings.HasPrefix(out, "0 ") || !strings.HasSuffix(out, "True") {
 				return fmt.Errorf("restarts and readiness of the pod: %s, %w", out, err)
 			}
@@ -277,8 +374,21 @@ func TestKill(t *testing.T) {
 		ip = tn.ip(t, "before") // a new sandbox may have a new address
 		converged(t, other)
 	})
+	t.Run("Standby", func(t *testing.T) {
+		working, standby := supervisors(t, other)
+		standby.kill(t)
+		eventually(t, 30*time.Second, func() error {
+			for _, p := range processesBelow("/h8s-"+cluster.cluster+"/supervisor", "h8s") {
+				if p.pid != working.pid && p.pid != standby.pid {
+					return nil
+				}
+			}
+			return errors.New("the supervisor has no new standby")
+		})
+	})
 	t.Run("Supervisor", func(t *testing.T) {
-		// Above everything else: with it the whole machine goes, so to speak. Its standby takes over.
+		// Above everything else: with it the whole machine goes, so to speak. Its standby takes over, the one that
+		// was started a moment ago.
 		restarts := func() ([]string, error) {
 			out, err := try(tn.owner, "get", "pods", "before", "client", "-n", tn.ns, "-o", `jsonpath={.items[*].status.containerStatuses[0].restartCount}`)
 			return strings.Fields(out), err
@@ -291,10 +401,7 @@ func TestKill(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		supervisor, err := old.parent()
-		if err != nil {
-			t.Fatal(err)
-		}
+		supervisor, _ := supervisors(t, other)
 		supervisor.kill(t)
 		eventually(t, 150*time.Second, func() error {
 			booted, err := nodeInit(other)
@@ -317,10 +424,43 @@ func TestKill(t *testing.T) {
 		})
 		ip = tn.ip(t, "before")
 		converged(t, other)
-		if n := len(processesBelow("/h8s-"+cluster.cluster+"/supervisor", "h8s")); n < 2 {
-			t.Errorf("%d supervisors: the new one has no standby", n)
-		}
+		supervisors(t, other)
 	})
+}
+
+// after is a Deployment whose one pod, on node, is another one in every round.
+func after(node string, round int) string {
+	return fmt.Sprintf(`{apiVersion: apps/v1, kind: Deployment, metadata: {name: after}, spec: {replicas: 1, selector: {matchLabels: {app: after}}, template: {
+		metadata: {labels: {app: after, round: "%d"}}, spec: {terminationGracePeriodSeconds: 0, nodeSelector: {kubernetes.io/hostname: %s}, tolerations: [{operator: Exists}],
+		containers: [{name: agnhost, image: "localhost/agnhost:latest", imagePullPolicy: Never, args: [netexec, --http-port=8080],
+		readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}}]}}}}`, round, node)
+}
+
+// restartsAndReady are, in one line, how often a pod's container was started again and whether the pod is Ready.
+func restartsAndReady(tn tenant, pod string) (string, error) {
+	return try(tn.owner, "get", "pod", pod, "-n", tn.ns, "-o", `jsonpath={.status.containerStatuses[0].restartCount} {.status.conditions[?(@.type=="Ready")].status}`)
+}
+
+// supervisors are the one that works, which has started the nodes, and its standby, which comes soon after it.
+func supervisors(t testing.TB, node string) (working, standby process) {
+	t.Helper()
+	running, err := nodeInit(node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if working, err = running.parent(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 30*time.Second, func() error {
+		for _, p := range processesBelow("/h8s-"+cluster.cluster+"/supervisor", "h8s") {
+			if p.pid != working.pid {
+				standby = p
+				return nil
+			}
+		}
+		return fmt.Errorf("supervisor %d has no standby", working.pid)
+	})
+	return working, standby
 }
 
 // only is the one process of that name on a node.
