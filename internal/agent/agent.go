@@ -48,7 +48,7 @@ const (
 )
 
 // Config is what one node agent is told. Every field but Underlay, NodeIP,
-// CNIPlugin and the last two lists of CIDRs is needed.
+// CNIPlugin, Resolvers and the last two lists of CIDRs is needed.
 type Config struct {
 	NodeName string
 	// NodeIP is found in the Node object if it is not set.
@@ -107,6 +107,9 @@ type Agent struct {
 // New returns an Agent for the network namespace of the calling thread. It asks
 // the API server for the Node if NodeIP is not set, until ctx is done.
 func New(ctx context.Context, cfg Config, config *rest.Config, log *slog.Logger) (*Agent, error) {
+	if cfg.Resolvers == nil {
+		cfg.Resolvers = func() []string { return nil }
+	}
 	clients, err := newClients(config)
 	if err != nil {
 		return nil, err
