@@ -8,12 +8,17 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
 
 	"h8s.io/hypernetes/internal/network"
 )
@@ -104,10 +109,85 @@ func testConnections(t *testing.T, tn tenant) {
 	}
 	kubectl(t, admin, "rollout", "status", agentDaemonSet, "-n", systemNamespace, "--timeout=90s")
 	advanced("kill -9 of the agents")
-	kubectl(t, admin, "rollout", "restart", agentDaemonSet, "-n", systemNamespace)
-	kubectl(t, admin, "rollout", "status", agentDaemonSet, "-n", systemNamespace, "--timeout=120s")
-	advanced("an upgrade of the agents")
+	rollBack := upgrade(t)
+	advanced("an upgrade")
+	rollBack()
+	advanced("the way back")
 	kubectl(t, tn.owner, "delete", "pod", "across", "local", "echo", "-n", tn.ns, "--wait=false")
+}
+
+// upgrade installs another image of the product and another argument of the
+// agents, as an operator does, and gives back what undoes it.
+func upgrade(t *testing.T) (rollBack func()) {
+	t.Helper()
+	const tag = "localhost/h8s:e2e-upgrade"
+	archive := filepath.Join(t.TempDir(), "h8s.tar")
+	if err := relabel(filepath.Join(cluster.bin, "images", "h8s.tar"), archive, tag); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := h8sOutput(2*time.Minute, "image", "load", "--name", cluster.cluster, archive); err != nil {
+		t.Fatalf("h8s image load: %v: %s", err, out)
+	}
+	caches := t.TempDir()
+	helm := func(args ...string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, filepath.Join(cluster.bin, "helm"),
+			append(args, "--namespace", systemNamespace, "--kubeconfig", kubeconfigPath(admin), "--wait", "--timeout", "150s")...)
+		cmd.Env = append(os.Environ(), "HELM_CACHE_HOME="+caches, "HELM_CONFIG_HOME="+caches, "HELM_DATA_HOME="+caches)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("helm %s: %v: %s", args[0], err, out)
+		}
+	}
+	// agents are what runs on the nodes, not what the DaemonSet says.
+	agents := func() map[string]process {
+		t.Helper()
+		found := map[string]process{}
+		for _, n := range nodes(t) {
+			found[n] = only(t, n, "h8s-node")
+		}
+		return found
+	}
+	images := func() string {
+		t.Helper()
+		return kubectl(t, admin, "get", "pods", "-n", systemNamespace, "-l", "app.kubernetes.io/component=node", "-o", "jsonpath={.items[*].status.containerStatuses[0].imageID}")
+	}
+	before, imagesBefore := agents(), images()
+	helm("upgrade", "h8s", filepath.Join(cluster.root, "deploy", "h8s"), "--reset-then-reuse-values", "--set", "image.tag=e2e-upgrade,node.logLevel=debug")
+	rollBack = once(func() { helm("rollback", "h8s") })
+	t.Cleanup(rollBack)
+	for n, agent := range agents() {
+		if agent.pid == before[n].pid || !slices.Contains(agent.args, "--log-level=debug") {
+			t.Errorf("after the upgrade the agent on %s is process %d, %v; it was %d", n, agent.pid, agent.args, before[n].pid)
+		}
+	}
+	if now := images(); now == imagesBefore {
+		t.Errorf("the agents' image is still %s", now)
+	}
+	return rollBack
+}
+
+// relabel makes of the image in an archive another one, with another tag.
+func relabel(archive, to, tag string) error {
+	img, err := tarball.ImageFromPath(archive, nil)
+	if err != nil {
+		return err
+	}
+	file, err := img.ConfigFile()
+	if err != nil {
+		return err
+	}
+	config := file.Config.DeepCopy()
+	config.Labels = map[string]string{"e2e": "upgrade"}
+	if img, err = mutate.Config(img, *config); err != nil {
+		return err
+	}
+	ref, err := name.NewTag(tag)
+	if err != nil {
+		return err
+	}
+	return tarball.WriteToFile(to, ref, img)
 }
 
 // testAgentDown: what runs goes on, what is new waits and says why, and nothing
@@ -371,11 +451,19 @@ func testConflict(t *testing.T, tn tenant) {
 	conflict.waitReady(t, "web")
 }
 
-// testLeftovers makes what a crash could leave and lets doctor find it.
+// testLeftovers makes what a crash could leave and lets doctor find it, before
+// those who would clean it up.
 func testLeftovers(t *testing.T, tn tenant) {
-	if wrong := doctor(t); wrong != "" {
-		t.Fatalf("before: h8s doctor: %s", wrong)
+	nothing := func(when string) {
+		t.Helper()
+		eventually(t, 60*time.Second, func() error {
+			if wrong := doctor(t); wrong != "" {
+				return fmt.Errorf("%s: h8s doctor: %s", when, wrong)
+			}
+			return nil
+		})
 	}
+	nothing("before")
 	node := nodes(t)[1]
 	record, err := json.Marshal(network.Attachment{
 		ContainerID: "0123456789abcdef", IfName: "eth0", Network: tn.name, Address: netip.MustParseAddr("10.0.255.1"),
@@ -385,13 +473,24 @@ func testLeftovers(t *testing.T, tn tenant) {
 		t.Fatal(err)
 	}
 	const file = "/var/lib/h8s/attachments/0123456789abcdef-eth0.json"
+	const empty = "faults-empty" // a Network that nobody uses
+	t.Cleanup(func() { _, _ = try(admin, "delete", "network", empty, "--ignore-not-found", "--timeout=60s") })
+	apply(t, admin, networkManifest(empty, tn.name, "10.77.0.0/16"))
+	kubectl(t, admin, "wait", "--for=condition=Ready", "network/"+empty, "--timeout=60s")
+	emptyID := kubectl(t, admin, "get", "network", empty, "-o", "jsonpath={.status.id}")
+	portal := "h8s-" + kubectl(t, admin, "get", "network", tn.name, "-o", "jsonpath={.status.id}")
 	for name, test := range map[string]struct{ add, del, want string }{
 		"netns":      {"ip netns add h8s-16000001", "ip netns del h8s-16000001", "h8s-16000001"},
+		"idle netns": {"ip netns add h8s-" + emptyID, "ip netns del h8s-" + emptyID, "Network " + empty},
 		"link":       {"ip link add h8su16000002 type veth peer name h8sp16000002", "ip link del h8su16000002", "h8su16000002"},
 		"route":      {"ip link add h8su16000003 type veth peer name h8sp16000003 && ip link set h8su16000003 up && ip route add 10.77.0.0/28 dev h8su16000003", "ip link del h8su16000003", "10.77.0.0/28"},
+		"pod's link": {"ip -n " + portal + " link add p0123456789 type veth peer name ghost", "ip -n " + portal + " link del p0123456789", "p0123456789 in " + portal},
+		"nft table":  {"ip netns exec " + portal + " nft add table ip stray", "ip netns exec " + portal + " nft delete table ip stray", "ip stray in " + portal},
 		"attachment": {"echo '" + string(record) + "' > " + file, "rm -f " + file, "ghost"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			resume := only(t, node, "h8s-node").pause(t)
+			defer resume()
 			onNode(t, node, test.add)
 			defer func() { _, _ = tryNode(node, test.del) }()
 			if wrong := doctor(t); !strings.Contains(wrong, test.want) || !strings.Contains(wrong, node) {
@@ -399,26 +498,51 @@ func testLeftovers(t *testing.T, tn tenant) {
 			}
 		})
 	}
-	t.Run("block", func(t *testing.T) {
-		apply(t, admin, fmt.Sprintf("{apiVersion: h8s.io/v1alpha1, kind: Block, metadata: {name: faults-10-0-255-240}, spec: {network: %s, cidr: 10.0.255.240/28, node: no-such-node}}", tn.name))
-		defer func() { _, _ = try(admin, "delete", "block", "faults-10-0-255-240", "--ignore-not-found") }()
-		// Either the controller has removed it already, or doctor sees it.
+	t.Run("Blocks", func(t *testing.T) {
+		// The controller reaps the one and the node's agent the other.
+		deployed := kubectl(t, admin, "get", "deployment", "h8s-controller", "-n", systemNamespace, "-o", "jsonpath={.spec.replicas}")
+		scale := func(replicas string) {
+			t.Helper()
+			kubectl(t, admin, "scale", "deployment/h8s-controller", "-n", systemNamespace, "--replicas="+replicas)
+			kubectl(t, admin, "rollout", "status", "deployment/h8s-controller", "-n", systemNamespace, "--timeout=90s")
+		}
+		back := once(func() { scale(deployed) })
+		defer back()
+		scale("0")
 		eventually(t, 60*time.Second, func() error {
-			if _, err := try(admin, "get", "block", "faults-10-0-255-240"); err != nil {
-				return nil //nolint:nilerr // it is gone
+			for _, n := range nodes(t) {
+				if len(processes(n, "h8s-controller")) > 0 {
+					return fmt.Errorf("the controller still runs on %s", n)
+				}
 			}
-			if wrong := doctor(t); strings.Contains(wrong, "faults-10-0-255-240") {
-				return nil
+			return nil
+		})
+		resume := once(only(t, node, "h8s-node").pause(t))
+		defer resume()
+		blocks := map[string]string{
+			"faults-10-0-255-240":  fmt.Sprintf("network: %s, cidr: 10.0.255.240/28, node: no-such-node", tn.name),
+			"no-net-10-99-255-240": fmt.Sprintf("network: no-net, cidr: 10.99.255.240/28, node: %s", node),
+		}
+		for name, spec := range blocks {
+			t.Cleanup(func() { _, _ = try(admin, "delete", "block", name, "--ignore-not-found") })
+			apply(t, admin, fmt.Sprintf("{apiVersion: h8s.io/v1alpha1, kind: Block, metadata: {name: %s}, spec: {%s}}", name, spec))
+		}
+		wrong := doctor(t)
+		for name := range blocks {
+			if !strings.Contains(wrong, name) {
+				t.Errorf("h8s doctor does not report Block %s: %q", name, wrong)
 			}
-			return errors.New("h8s doctor does not report a Block of a node that does not exist")
+		}
+		resume()
+		back()
+		eventually(t, 90*time.Second, func() error {
+			if out, err := try(admin, "get", "blocks", "faults-10-0-255-240", "no-net-10-99-255-240", "--ignore-not-found", "-o", "name"); out != "" || err != nil {
+				return fmt.Errorf("Blocks that nobody needs are still there: %s, %w", out, err)
+			}
+			return nil
 		})
 	})
-	eventually(t, 30*time.Second, func() error {
-		if wrong := doctor(t); wrong != "" {
-			return fmt.Errorf("h8s doctor after all is removed: %s", wrong)
-		}
-		return nil
-	})
+	nothing("after all is removed")
 }
 
 // TestCleanUp deletes all that a tenant had and looks for what is left of it on

@@ -94,6 +94,19 @@ func (p process) kill(t testing.TB) {
 	}
 }
 
+// pause stops a process, so that it does nothing until it is resumed.
+func (p process) pause(t testing.TB) (resume func()) {
+	t.Helper()
+	if err := unix.Kill(p.pid, unix.SIGSTOP); err != nil {
+		t.Fatalf("stop process %d: %v", p.pid, err)
+	}
+	return func() {
+		if err := unix.Kill(p.pid, unix.SIGCONT); err != nil {
+			t.Errorf("resume process %d: %v", p.pid, err)
+		}
+	}
+}
+
 // tryNode runs a shell command on a node, as its administrator would.
 func tryNode(node, command string) (string, error) {
 	p, err := nodeInit(node)
