@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -108,6 +110,7 @@ func TestBadInput(t *testing.T) {
 	t.Run("InUse", testInUse)
 	t.Run("TwoTenants", testTwoTenants)
 	t.Run("LongNames", testLongNames)
+	t.Run("LongMembers", testLongMembers)
 	t.Run("NamespaceQuota", testNamespaceQuota)
 }
 
@@ -199,7 +202,80 @@ func testLongNames(t *testing.T) {
 	eventually(t, 20*time.Second, func() error {
 		return tn.connect(far, svc+"."+tn.ns+".svc.cluster.local:80", "tcp")
 	})
+	testLongNode(t, name, strings.TrimSpace(kubectl(t, tn.owner, "get", "pod", web, "-n", tn.ns, "-o", "jsonpath={.spec.nodeName}")))
 	kubectl(t, tn.owner, "delete", "namespace", tn.ns, "--timeout=60s")
+}
+
+// longest is a name of 253 characters, as objects may have at most.
+func longest(letter string) string {
+	label := strings.Repeat(letter, 63)
+	return strings.Join([]string{label, label, label, label[:61]}, ".")
+}
+
+// testLongNode: a node whose name is at its limit holds a Block of a Network whose
+// name is; the other nodes route to it, and the controller reaps the Block when the node is gone.
+func testLongNode(t *testing.T, network, onto string) {
+	t.Helper()
+	const block, address = "10.0.255.240/28", "192.0.2.77"
+	long, name := longest("o"), network+"-10-0-255-240"
+	t.Cleanup(func() { _, _ = try(admin, "delete", "node/"+long, "block/"+name, "--ignore-not-found") })
+	apply(t, admin, fmt.Sprintf("{apiVersion: v1, kind: Node, metadata: {name: %s}}", long))
+	kubectl(t, admin, "patch", "node", long, "--subresource=status", "-p", `{"status":{"addresses":[{"type":"InternalIP","address":"`+address+`"}]}}`)
+	apply(t, admin, fmt.Sprintf("{apiVersion: h8s.io/v1alpha1, kind: Block, metadata: {name: %s}, spec: {network: %s, cidr: %s, node: %s}}", name, network, block, long))
+	id := kubectl(t, admin, "get", "network", network, "-o", "jsonpath={.status.id}")
+	eventually(t, 20*time.Second, func() error {
+		out, err := tryNode(onto, "ip -n h8s-"+id+" route show "+block)
+		if err != nil || !strings.Contains(out, "via "+address) {
+			return fmt.Errorf("the portal on %s does not route to the Block: %q, %w", onto, out, err)
+		}
+		return nil
+	})
+	kubectl(t, admin, "delete", "node", long)
+	eventually(t, 60*time.Second, func() error {
+		if out, err := try(admin, "get", "block", name, "--ignore-not-found", "-o", "name"); out != "" || err != nil {
+			return fmt.Errorf("the Block of a node that is gone is still there: %s, %w", out, err)
+		}
+		return nil
+	})
+}
+
+// testLongMembers: a User and a group with the longest names there are.
+func testLongMembers(t *testing.T) {
+	const tenant, ns = "long-members", "long-members-ns"
+	user, group := longest("u"), "keystone:"+strings.Repeat("g", 244)
+	spec := func(user, group string) string {
+		return fmt.Sprintf(`{apiVersion: h8s.io/v1alpha1, kind: Tenant, metadata: {name: %s}, spec: {members: [{kind: User, name: %q, role: owner}, {kind: Group, name: %q, role: edit}], network: {cidrs: ["10.0.0.0/16"]}}}`, tenant, user, group)
+	}
+	refused(t, admin, spec(user, group+"g"), "253", "create", "-f", "-")
+	refused(t, admin, spec(user+"u", group), "253", "create", "-f", "-")
+	refused(t, admin, "{apiVersion: h8s.io/v1alpha1, kind: User, metadata: {name: "+user+"u}}", "253", "create", "-f", "-")
+
+	apply(t, admin, "{apiVersion: h8s.io/v1alpha1, kind: User, metadata: {name: "+user+"}}")
+	t.Cleanup(func() { _, _ = try(admin, "delete", "user", user, "--ignore-not-found") })
+	apply(t, admin, spec(user, group))
+	t.Cleanup(func() { _, _ = try(admin, "delete", "tenant", tenant, "--ignore-not-found", "--timeout=60s") })
+	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/"+tenant, "--timeout=60s")
+	config, err := h8sOutput(time.Minute, "kubeconfig", "--name", cluster.cluster, "--user", user)
+	if err != nil {
+		t.Fatalf("h8s kubeconfig: %v: %s", err, config)
+	}
+	as := "--kubeconfig=" + manifest(t, config) // the name of a file has its limit, too
+	eventually(t, 20*time.Second, func() error {
+		_, err := try(admin, as, "create", "namespace", ns)
+		return err
+	})
+	if got := kubectl(t, admin, "get", "namespace", ns, "-o", `jsonpath={.metadata.labels.h8s\.io/tenant} {.metadata.annotations.h8s\.io/creator}`); got != tenant+" "+user {
+		t.Errorf("tenant and creator of the namespace are %q", got)
+	}
+	for name, args := range map[string][]string{"user": {as}, "group": {"--as=somebody", "--as-group=" + group}} {
+		eventually(t, 20*time.Second, func() error {
+			if out, err := try(admin, append(args, "auth", "can-i", "create", "pods", "-n", ns)...); err != nil {
+				return fmt.Errorf("the %s may not create pods: %s, %w", name, out, err)
+			}
+			return nil
+		})
+	}
+	refused(t, admin, "", "", "--as=somebody", "--as-group="+group[:252], "auth", "can-i", "create", "pods", "-n", ns)
 }
 
 // testNamespaceQuota: exactly as many as the Tenant says, also all at once.
@@ -231,9 +307,10 @@ func testNamespaceQuota(t *testing.T) {
 }
 
 // TestCrowd fills a Network and a node to the last pod. An operator lets this
-// tenant use runc, so that 110 pods fit into a small machine.
+// tenant use runc, so that 110 pods fit into a small machine; some run in gVisor.
 func TestCrowd(t *testing.T) {
-	const full = 110
+	const full, sandboxes = 110, 20
+	const runc = "e2e-runc"
 	tn := newTenant(t, "crowd", "10.0.0.0/26") // 64 addresses; the first and the last are not given out
 	const addresses = 62
 	node := nodes(t)[1]
@@ -253,18 +330,19 @@ func TestCrowd(t *testing.T) {
 			return err
 		})
 	}
-	deployment := func(ns string, replicas int) string {
-		return fmt.Sprintf(`{apiVersion: apps/v1, kind: Deployment, metadata: {name: crowd, namespace: %s}, spec: {replicas: %d, progressDeadlineSeconds: 600, selector: {matchLabels: {app: crowd}}, template: {
-			metadata: {labels: {app: crowd}}, spec: {terminationGracePeriodSeconds: 0, nodeSelector: {kubernetes.io/hostname: %s}, automountServiceAccountToken: false,
-			containers: [{name: c, image: "localhost/busybox:latest", imagePullPolicy: Never, command: [sleep, "10000"]}]}}}}`, ns, replicas, node)
+	deployment := func(ns, sandbox string, replicas int) string {
+		return fmt.Sprintf(`{apiVersion: apps/v1, kind: Deployment, metadata: {name: crowd-%[2]s, namespace: %[1]s}, spec: {replicas: %[3]d, progressDeadlineSeconds: 600, selector: {matchLabels: {app: crowd, sandbox: %[2]s}}, template: {
+			metadata: {labels: {app: crowd, sandbox: %[2]s}}, spec: {runtimeClassName: %[2]s, terminationGracePeriodSeconds: 0, nodeSelector: {kubernetes.io/hostname: %[4]s}, automountServiceAccountToken: false,
+			containers: [{name: c, image: "localhost/busybox:latest", imagePullPolicy: Never, command: [sleep, "10000"]}]}}}}`, ns, sandbox, replicas, node)
 	}
 	ready := func(ns string) (int, error) {
-		var n int
-		out, err := try(tn.owner, "get", "deployment", "crowd", "-n", ns, "-o", "jsonpath={.status.readyReplicas}")
-		if err == nil && out != "" {
-			_, err = fmt.Sscan(out, &n)
+		out, err := try(tn.owner, "get", "deployments", "-n", ns, "-o", "jsonpath={.items[*].status.readyReplicas}")
+		total := 0
+		for _, f := range strings.Fields(out) {
+			n, bad := strconv.Atoi(f)
+			total, err = total+n, errors.Join(err, bad)
 		}
-		return n, err
+		return total, err
 	}
 	wantReady := func(ns string, want int, within time.Duration) {
 		t.Helper()
@@ -276,7 +354,7 @@ func TestCrowd(t *testing.T) {
 			return nil
 		})
 	}
-	apply(t, tn.owner, deployment(tn.ns, addresses+2))
+	apply(t, tn.owner, deployment(tn.ns, runc, addresses+2))
 	wantReady(tn.ns, addresses, 180*time.Second)
 	t.Run("Exhausted", func(t *testing.T) {
 		eventually(t, 60*time.Second, func() error {
@@ -306,13 +384,18 @@ func TestCrowd(t *testing.T) {
 			t.Fatalf("%v wait, want 2", waiting)
 		}
 		kubectl(t, tn.owner, "delete", "-n", tn.ns, running[0], running[1], "--wait=false")
-		apply(t, tn.owner, deployment(tn.ns, addresses))
+		apply(t, tn.owner, deployment(tn.ns, runc, addresses))
 		wantReady(tn.ns, addresses, 120*time.Second)
 	})
 	t.Run("FullNode", func(t *testing.T) {
 		others := len(strings.Fields(kubectl(t, admin, "get", "pods", "-A", "--field-selector=spec.nodeName="+node, "-o", "name"))) - addresses
-		apply(t, tn.owner, deployment(large, full-others-addresses))
-		wantReady(large, full-others-addresses, 180*time.Second)
+		sandboxed := len(processes(node, "runsc-sandbox"))
+		apply(t, tn.owner, deployment(large, "gvisor", sandboxes))
+		apply(t, tn.owner, deployment(large, runc, full-others-addresses-sandboxes))
+		wantReady(large, full-others-addresses, 240*time.Second)
+		if n := len(processes(node, "runsc-sandbox")) - sandboxed; n != sandboxes {
+			t.Errorf("%d more sandboxes run on %s, want %d", n, node, sandboxes)
+		}
 		if n := len(strings.Fields(kubectl(t, admin, "get", "pods", "-A", "--field-selector=spec.nodeName="+node+",status.phase=Running", "-o", "name"))); n != full {
 			t.Errorf("%d pods run on %s, want %d", n, node, full)
 		}
@@ -320,8 +403,9 @@ func TestCrowd(t *testing.T) {
 		recordsMatch(t, tenant{name: tn.name, ns: large})
 	})
 	t.Run("EmptyNode", func(t *testing.T) {
-		kubectl(t, tn.owner, "delete", "deployment", "crowd", "-n", tn.ns, "--wait=false")
-		kubectl(t, tn.owner, "delete", "deployment", "crowd", "-n", large, "--wait=false")
+		for _, ns := range []string{tn.ns, large} {
+			kubectl(t, tn.owner, "delete", "deployments", "--all", "-n", ns, "--wait=false")
+		}
 		eventually(t, 180*time.Second, func() error {
 			out, err := try(admin, "get", "pods", "-A", "-l", "app=crowd", "-o", "name")
 			if out != "" || err != nil {
