@@ -140,6 +140,24 @@ func probeIn(ctx context.Context, t testing.TB, netns string, args ...string) *e
 	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + netns, path}, args...)...)
 }
 
+// dialFrom dials all targets at once from a network namespace of the machine.
+func dialFrom(t testing.TB, netns string, targets ...probe.Target) []probe.Outcome {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	cmd := probeIn(ctx, t, netns, "dial")
+	cmd.Stdin = strings.NewReader(mustJSON(t, targets))
+	text, err := cmd.Output()
+	var out []probe.Outcome
+	if err == nil {
+		err = json.Unmarshal(text, &out)
+	}
+	if err != nil || len(out) != len(targets) {
+		t.Fatalf("dial from %s: %v: %s", netns, err, text)
+	}
+	return out
+}
+
 // sendFrom sends packets from a network namespace of the machine.
 func sendFrom(t testing.TB, netns string, packets ...probe.Packet) {
 	t.Helper()

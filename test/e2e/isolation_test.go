@@ -4,7 +4,10 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"hash/crc32"
 	"maps"
+	"net"
+	"net/http"
 	"net/netip"
 	"os/exec"
 	"regexp"
@@ -16,10 +19,13 @@ import (
 	"h8s.io/hypernetes/test/e2e/probe"
 )
 
-// rivals is two tenants on one CIDR, with pods on both nodes, and the operator's
-// own pods on the default network.
+// rivals is two tenants on one CIDR and a third one on another, with pods on both
+// nodes, and the operator's own pods on the default network.
 type rivals struct {
 	a, b tenant
+	// c's addresses are not within the Network of the others, nor theirs within its
+	// own: each node has a route from every one of them to c, and back.
+	c tenant
 	// def is no tenant: a namespace of the operator's, whose pods d1 (on n1) and d2 (on n2) use runc.
 	def tenant
 	// n1 is the node with the control plane.
@@ -36,7 +42,7 @@ type rivals struct {
 	twinA, twinB string
 }
 
-// TestIsolation has two tenants on one CIDR use what they have and try
+// TestIsolation has tenants, two of them on one CIDR, use what they have and try
 // to reach what they have not.
 func TestIsolation(t *testing.T) {
 	r := newRivals(t)
@@ -45,9 +51,11 @@ func TestIsolation(t *testing.T) {
 	t.Run("BigPayloads", r.testBigPayloads)
 	t.Run("BetweenTenants", r.testBetweenTenants)
 	t.Run("Infrastructure", r.testInfrastructure)
+	t.Run("Machine", r.testMachine)
 	t.Run("Internet", r.testInternet)
 	t.Run("FromDefaultNetwork", r.testFromDefaultNetwork)
 	t.Run("SpoofedSource", r.testSpoofedSource)
+	t.Run("OtherProtocols", r.testOtherProtocols)
 	t.Run("ForgedVXLAN", r.testForgedVXLAN)
 	t.Run("SpoofedFromDefaultNetwork", r.testSpoofedFromDefaultNetwork)
 	t.Run("ForeignEndpoints", r.testForeignEndpoints)
@@ -79,6 +87,7 @@ const (
 	// rivalsCIDR is the Network of both. Nobody else on the cluster uses it, so that
 	// the nodes' Blocks come out the same every time: see newRivals.
 	rivalsCIDR = "10.77.0.0/16"
+	thirdCIDR  = "10.78.0.0/16"
 )
 
 // webService is a Service of the pods with app=web: 80 over TCP and UDP.
@@ -100,7 +109,7 @@ func newRivals(t *testing.T) *rivals {
 		t.Fatalf("these tests need two nodes, the cluster has %v", names)
 	}
 	r := &rivals{
-		a: newTenant(t, "iso-a", rivalsCIDR), b: newTenant(t, "iso-b", rivalsCIDR),
+		a: newTenant(t, "iso-a", rivalsCIDR), b: newTenant(t, "iso-b", rivalsCIDR), c: newTenant(t, "iso-c", thirdCIDR),
 		def: operatorNamespace(t, "iso-default"),
 		n1:  names[0], n2: names[1],
 		nodeIP: map[string]string{}, pods: map[string][]string{}, nodeOf: map[string]string{}, ips: map[string]string{}, services: map[string]string{},
@@ -109,20 +118,21 @@ func newRivals(t *testing.T) *rivals {
 		r.nodeIP[n] = kubectl(t, admin, "get", "node", n, "-o", `jsonpath={.status.addresses[?(@.type=="InternalIP")].address}`)
 	}
 	r.def.run(t, rivalPod("d1", r.n1), rivalPod("d2", r.n2), strings.Replace(webService, "spec:", "spec:\n  type: NodePort", 1))
-	r.add(t, r.a, map[string]string{"a1": r.n1, "a2": r.n1, "a3": r.n2})
-	r.add(t, r.b, map[string]string{"b1": r.n2, "b2": r.n2, "b3": r.n1})
+	r.add(t, r.a, map[string]string{"a1": r.n1, "a2": r.n1, "a3": r.n2, "a4": r.n2})
+	r.add(t, r.b, map[string]string{"b1": r.n2, "b2": r.n2, "b3": r.n1, "b4": r.n2})
+	r.add(t, r.c, map[string]string{"c1": r.n1, "c2": r.n2})
 	// A node holds no range twice, and takes the lowest that is free: what a holds
-	// on one node is what b gets on the other.
+	// on one node is what b gets on the other. Each has one address that the other has not.
 	r.findTwins()
 	r.def.waitReady(t, "d1", "d2")
 	r.pods[r.def.name] = []string{"d1", "d2"}
 	for _, p := range r.pods[r.def.name] {
 		r.ips[r.def.name+"/"+p] = r.def.ip(t, p)
 	}
-	for _, tn := range []tenant{r.a, r.b} {
+	for _, tn := range r.tenants() {
 		tn.run(t, webService)
 	}
-	for _, tn := range []tenant{r.a, r.b, r.def} {
+	for _, tn := range append(r.tenants(), r.def) {
 		r.services[tn.name] = kubectl(t, tn.owner, "get", "service", "web", "-n", tn.ns, "-o", "jsonpath={.spec.clusterIP}")
 		tn.arm(t, r.pods[tn.name]...)
 	}
@@ -188,12 +198,11 @@ func (r *rivals) byIP(tn tenant) map[string]string {
 	return m
 }
 
-// other is the tenant that tn must know nothing of.
-func (r *rivals) other(tn tenant) tenant {
-	if tn.name == r.a.name {
-		return r.b
-	}
-	return r.a
+func (r *rivals) tenants() []tenant { return []tenant{r.a, r.b, r.c} }
+
+// others are the tenants that tn must know nothing of.
+func (r *rivals) others(tn tenant) []tenant {
+	return slices.DeleteFunc(r.tenants(), func(o tenant) bool { return o.name == tn.name })
 }
 
 func (r *rivals) testEqualAddresses(t *testing.T) {
@@ -367,21 +376,28 @@ func podMTU(t *testing.T, tn tenant, pod string) int {
 // tenant's must be what answers for this one.
 const unusedServiceIP = "10.96.255.251"
 
-// testBetweenTenants dials every address of the other tenant. Where the own
+// testBetweenTenants dials every address of the other tenants. Where the own
 // tenant has that address too, the own pod must answer.
 func (r *rivals) testBetweenTenants(t *testing.T) {
 	r.eachPod(t, func(t *testing.T, tn tenant, pod string) {
 		checks := r.own(tn, pod)
-		mine, theirs := r.byIP(tn), r.other(tn)
-		for ip := range r.byIP(theirs) {
-			if mine[ip] == "" { // if not, it is the own pod's, which is among the controls
-				checks = append(checks, reach(ip, "")...)
+		mine := r.byIP(tn)
+		var services []string
+		for _, theirs := range r.others(tn) {
+			for ip := range r.byIP(theirs) {
+				if mine[ip] == "" { // if not, it is the own pod's, which is among the controls
+					checks = append(checks, reach(ip, "")...)
+				}
 			}
+			if theirs.name != r.c.name && tn.name != r.c.name {
+				r.foreign(t, theirs, tn) // or nothing of theirs would have been dialled
+			}
+			services = append(services, r.services[theirs.name])
+			checks = append(checks, serviceChecks(r.services[theirs.name])...)
 		}
-		checks = append(checks, serviceChecks(r.services[theirs.name])...)
 		dialAll(t, tn, pod, checks)
-		r.indistinguishable(t, tn, pod, r.services[theirs.name])
-	}, r.a, r.b)
+		r.indistinguishable(t, tn, pod, services...)
+	}, r.tenants()...)
 }
 
 func serviceChecks(ip string) []check {
@@ -434,6 +450,8 @@ func (r *rivals) testInfrastructure(t *testing.T) {
 	}
 	for _, n := range []string{r.n1, r.n2} {
 		serveMetadata(t, n)
+		// etcd itself is on the node's loopback; what a dial of its port says takes a server there.
+		serve(t, nodeNetns(t, n), r.nodeIP[n]+":2379")
 	}
 
 	var forbidden []check
@@ -448,7 +466,7 @@ func (r *rivals) testInfrastructure(t *testing.T) {
 			}
 			add("tcp", host+":"+port, false)
 		}
-		for _, port := range []string{"53", "4789", r.nodePort} {
+		for _, port := range []string{"53", "2379", "4789", r.nodePort} {
 			add("udp", host+":"+port, false)
 		}
 		if host != "169.254.1.1" { // the pod's own router, which answers pings
@@ -489,6 +507,10 @@ func (r *rivals) testTargetsAlive(t *testing.T) {
 		{Target: probe.Target{Proto: "tcp", Address: r.nodeIP[r.n2] + ":10250"}, want: "connected"},
 		{Target: probe.Target{Proto: "tcp", Address: r.nodeIP[r.n1] + ":" + r.nodePort}, want: "connected"},
 		{Target: probe.Target{Proto: "tcp", Address: r.nodeIP[r.n2] + ":" + r.nodePort}, want: "connected"},
+		{Target: probe.Target{Proto: "http", Address: r.nodeIP[r.n1] + ":2379"}, want: "served"},
+		{Target: probe.Target{Proto: "http", Address: r.nodeIP[r.n2] + ":2379"}, want: "served"},
+		{Target: probe.Target{Proto: "udp", Address: r.nodeIP[r.n1] + ":2379"}, want: "served"},
+		{Target: probe.Target{Proto: "udp", Address: r.nodeIP[r.n2] + ":2379"}, want: "served"},
 		{Target: probe.Target{Proto: "icmp", Address: r.nodeIP[r.n1], Size: 56}, want: pong},
 		{Target: probe.Target{Proto: "icmp", Address: r.nodeIP[r.n2], Size: 56}, want: pong},
 		{Target: probe.Target{Proto: "tcp", Address: r.services[r.def.name] + ":80"}, want: "connected"},
@@ -530,14 +552,78 @@ func serve(t *testing.T, netns, address string) {
 	})
 }
 
+// testMachine: the cluster's network is the machine's bridge, and what the
+// machine serves on all addresses, it serves there. That is as little a tenant's
+// business as a node is.
+func (r *rivals) testMachine(t *testing.T) {
+	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp4", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	datagrams, err := (&net.ListenConfig{}).ListenPacket(t.Context(), "udp4", "0.0.0.0:"+port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{ReadHeaderTimeout: 5 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "served") })}
+	go func() { _ = srv.Serve(listener) }()
+	go func() {
+		buf := make([]byte, 2048)
+		for {
+			_, from, err := datagrams.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			_, _ = datagrams.WriteTo([]byte("served"), from)
+		}
+	}()
+	t.Cleanup(func() { srv.Close(); datagrams.Close() })
+
+	_, bridge := r.gateway(t)
+	targets := []probe.Target{{Proto: "udp", Address: bridge + ":" + port}}
+	interfaces, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range interfaces {
+		ip := a.(*net.IPNet).IP
+		if ip.To4() == nil || ip.IsLoopback() {
+			continue
+		}
+		targets = append(targets, probe.Target{Proto: "http", Address: ip.String() + ":" + port}, probe.Target{Proto: "icmp", Address: ip.String(), Size: 56})
+	}
+	for _, node := range []string{r.n1, r.n2} {
+		for i, o := range dialFrom(t, nodeNetns(t, node), targets...) {
+			if o.Failure != "" {
+				t.Errorf("control: node %s does not reach %+v: %+v", node, targets[i], o)
+			}
+		}
+	}
+	r.eachPod(t, func(t *testing.T, tn tenant, pod string) {
+		checks := r.own(tn, pod)
+		for _, target := range targets {
+			checks = append(checks, check{Target: target})
+		}
+		dialAll(t, tn, pod, checks)
+	}, r.tenants()...)
+}
+
+// gateway is where the nodes' default route leads, and the link by which.
+func (r *rivals) gateway(t *testing.T) (link, address string) {
+	t.Helper()
+	route := strings.Fields(onNode(t, r.n1, "ip -4 route show default"))
+	return route[slices.Index(route, "dev")+1], route[slices.Index(route, "via")+1]
+}
+
+// outsideHost is no part of the cluster's network.
+const outsideHost = "203.0.113.250"
+
 // testInternet: what is no part of the cluster may be reached, and sees the node
-// as the client. A machine beside the nodes plays the internet.
+// as the client. A machine beside the nodes, with an address of another network,
+// plays the internet.
 func (r *rivals) testInternet(t *testing.T) {
-	const netns = "h8s-e2e-outside"
-	gateway := strings.Fields(onNode(t, r.n1, "ip -4 route show default"))[2]
-	address := netip.MustParseAddr(gateway).As4()
-	address[3] = 250
-	outside := netip.AddrFrom4(address).String()
+	const netns, outside = "h8s-e2e-outside", outsideHost
+	link, gateway := r.gateway(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	t.Cleanup(func() { _ = exec.Command("ip", "netns", "delete", netns).Run() }) // its link goes with it
@@ -548,9 +634,14 @@ ip link add h8s-e2e-out type veth peer name eth0 netns %[1]s
 ip link set h8s-e2e-out master "$bridge" up
 ip -n %[1]s link set lo up
 ip -n %[1]s link set eth0 up
-ip -n %[1]s address add %[3]s/24 dev eth0`, netns, gateway, outside)
+ip -n %[1]s address add %[3]s/32 dev eth0
+ip -n %[1]s route add default dev eth0`, netns, gateway, outside)
 	if out, err := exec.CommandContext(ctx, "sh", "-c", script).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
+	}
+	for _, node := range []string{r.n1, r.n2} {
+		onNode(t, node, "ip route replace "+outside+"/32 dev "+link)
+		t.Cleanup(func() { onNode(t, node, "ip route del "+outside+"/32 dev "+link) })
 	}
 	serve(t, "/run/netns/"+netns, outside+":80")
 	reachable := func(t *testing.T, tn tenant, pod string) {
@@ -601,7 +692,7 @@ ip -n %[1]s address add %[3]s/24 dev eth0`, netns, gateway, outside)
 func (r *rivals) testFromDefaultNetwork(t *testing.T) {
 	r.eachPod(t, func(t *testing.T, tn tenant, pod string) {
 		checks := r.own(tn, pod)
-		for _, victim := range []tenant{r.a, r.b} {
+		for _, victim := range r.tenants() {
 			for ip := range r.byIP(victim) {
 				checks = append(checks, reach(ip, "")...)
 				checks = append(checks, check{Target: probe.Target{Proto: "tcp", Address: ip + ":8090"}})
@@ -609,7 +700,7 @@ func (r *rivals) testFromDefaultNetwork(t *testing.T) {
 			checks = append(checks, serviceChecks(r.services[victim.name])...)
 		}
 		dialAll(t, tn, pod, checks)
-		r.indistinguishable(t, tn, pod, r.services[r.a.name], r.services[r.b.name])
+		r.indistinguishable(t, tn, pod, r.services[r.a.name], r.services[r.b.name], r.services[r.c.name])
 	}, r.def)
 }
 
@@ -679,6 +770,100 @@ func (r *rivals) testSpoofedSource(t *testing.T) {
 			}
 			if controls != 2 {
 				t.Errorf("%d of 2 control packets arrived at %s: %s", controls, target, saw.out.String())
+			}
+		})
+	}
+}
+
+// testOtherProtocols sends packets of protocols that have no ports, and of IPv6,
+// to other tenants' pods. They are not answered, so that the victims' own links
+// must say whether they came.
+func (r *rivals) testOtherProtocols(t *testing.T) {
+	// Each with what makes it one that connection tracking takes for valid.
+	payloads := map[string]struct {
+		protocol uint8
+		of       func(text string) []byte
+	}{
+		"IPIP": {4, func(text string) []byte {
+			return probe.Packet{Source: netip.MustParseAddrPort("10.77.0.1:1"), Destination: netip.MustParseAddrPort("10.78.0.1:1"), Payload: []byte(text)}.IP()
+		}},
+		"GRE": {47, func(text string) []byte { return append([]byte{0, 0, 8, 0}, text...) }},
+		"SCTP": {132, func(text string) []byte { // a chunk INIT (RFC 9260)
+			packet := append([]byte{0, 9, 0, 80, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, byte(20 + len(text)), 0, 0, 0, 1, 0, 0, 0xff, 0xff, 0, 1, 0, 1, 0, 0, 0, 1}, text...)
+			binary.LittleEndian.PutUint32(packet[8:], crc32.Checksum(packet, crc32.MakeTable(crc32.Castagnoli)))
+			return packet
+		}},
+	}
+	packet := func(protocol, source, destination, text string) probe.Packet {
+		p := payloads[protocol]
+		return probe.Packet{
+			Protocol: p.protocol, Payload: p.of(text),
+			Source: netip.AddrPortFrom(netip.MustParseAddr(source), 0), Destination: netip.AddrPortFrom(netip.MustParseAddr(destination), 0),
+		}
+	}
+	// The pod's network namespace has no routes, as its sandbox has them.
+	frames := func(t *testing.T, tn tenant, pod string, packets ...probe.Packet) {
+		t.Helper()
+		netns := tn.netnsOf(t, r.node(tn, pod), pod)
+		gateway := r.nextHop(t, tn, pod, netns)
+		for i := range packets {
+			packets[i].Interface, packets[i].Gateway = "eth0", gateway
+		}
+		sendFrom(t, netns, packets...)
+	}
+	send := func(t *testing.T, from, mark, to string) {
+		t.Helper()
+		var inside, outside []probe.Packet
+		for protocol := range payloads {
+			inside = append(inside, packet(protocol, r.ip(r.a, from), to, mark+" LEAK "+from+" gVisor "+protocol))
+			outside = append(outside, packet(protocol, r.ip(r.a, from), to, mark+" LEAK "+from+" netns "+protocol))
+		}
+		for _, destination := range []string{"ff02::1", "ff02::2", "fe80::1", "::ffff:" + to, "2001:db8::1"} {
+			outside = append(outside, probe.Packet{
+				Protocol: 47, Source: netip.MustParseAddrPort("[fe80::6838:1]:0"), Destination: netip.MustParseAddrPort("[" + destination + "]:0"),
+				Payload: []byte(mark + " LEAK " + from + " netns IPv6 to " + destination),
+			})
+		}
+		if err := r.a.sendFromPod(from, mustJSON(t, inside)); err != nil {
+			t.Errorf("raw packets from within gVisor: %v", err)
+		}
+		frames(t, r.a, from, outside...)
+	}
+	t.Run("control", func(t *testing.T) {
+		// The same packets do leave the sandbox, and pass within the Network.
+		for _, friend := range []string{"a2", "a3"} {
+			mark := "h8s-protocol-" + friend
+			saw := captureIn(t, friend, r.a.netnsOf(t, r.node(r.a, friend), friend), "eth0", mark, mark+" end")
+			send(t, "a1", mark, r.ip(r.a, friend))
+			frames(t, r.a, "a1", packet("GRE", r.ip(r.a, "a1"), r.ip(r.a, friend), mark+" end"))
+			lines := strings.Join(saw.lines(t), "\n")
+			for protocol := range payloads {
+				for _, where := range []string{"gVisor", "netns"} {
+					if !strings.Contains(lines, where+" "+protocol) {
+						t.Errorf("%s from %s did not reach %s: %s", protocol, where, friend, lines)
+					}
+				}
+			}
+			if strings.Contains(lines, "IPv6") {
+				t.Errorf("a Network of IPv4 carries IPv6: %s", lines)
+			}
+		}
+	})
+	for victim, v := range map[string]struct {
+		tenant
+		friend string
+	}{"c1": {r.c, "c2"}, "c2": {r.c, "c1"}, "b3": {r.b, "b1"}, "b4": {r.b, "b3"}} {
+		t.Run(victim, func(t *testing.T) {
+			mark := "h8s-protocol-" + victim
+			saw := captureIn(t, victim, v.netnsOf(t, r.node(v.tenant, victim), victim), "eth0", mark, mark+" end")
+			for _, from := range []string{"a1", "a3"} { // on either node
+				send(t, from, mark, r.ip(v.tenant, victim))
+			}
+			frames(t, v.tenant, v.friend, packet("GRE", r.ip(v.tenant, v.friend), r.ip(v.tenant, victim), mark+" end"))
+			for _, line := range saw.lines(t) {
+				if strings.Contains(line, "LEAK") {
+					t.Errorf("%s arrived at %s", line, victim)
+				}
 			}
 		})
 	}
@@ -813,6 +998,19 @@ func foreignService(name, ip string, port int) (service, slice string) {
 			"addressType: IPv4\nports: [{name: p, port: %[3]d}]\nendpoints: [{addresses: [%[2]s], conditions: {ready: true}}]\n", name, ip, port)
 }
 
+// foreign is an address that a pod of whose has, and none of mine.
+func (r *rivals) foreign(t *testing.T, whose, mine tenant) string {
+	t.Helper()
+	own := r.byIP(mine)
+	for ip := range r.byIP(whose) {
+		if own[ip] == "" {
+			return ip
+		}
+	}
+	t.Fatalf("every address of %s is one of %s, too: %v", whose.name, mine.name, r.ips)
+	return ""
+}
+
 // testForeignEndpoints points Services of a tenant at what it may not reach. A
 // tenant may not write EndpointSlices; even what an operator writes opens nothing.
 func (r *rivals) testForeignEndpoints(t *testing.T) {
@@ -826,6 +1024,9 @@ func (r *rivals) testForeignEndpoints(t *testing.T) {
 		"default-network": {r.ip(r.def, "d1"), 8080, ""},
 		"default-service": {r.services[r.def.name], 80, ""},
 		"rival-service":   {r.services[r.b.name], 80, ""},
+		"rival-pod":       {r.foreign(t, r.b, r.a), 8080, ""},
+		"third-pod-near":  {r.ip(r.c, "c1"), 8080, ""},
+		"third-pod-far":   {r.ip(r.c, "c2"), 8080, ""},
 		"unused":          {"10.77.200.1", 8080, ""},
 	}
 	_, slice := foreignService("kubelet", r.nodeIP[r.n2], 10250)
@@ -842,7 +1043,7 @@ func (r *rivals) testForeignEndpoints(t *testing.T) {
 			kubectl(t, admin, "delete", "service,endpointslice", name, "-n", r.a.ns, "--ignore-not-found")
 		}
 	})
-	for _, pod := range r.pods[r.a.name] {
+	r.eachPod(t, func(t *testing.T, _ tenant, pod string) {
 		control := probe.Target{Proto: "http", Address: r.a.clusterIP(t, "control") + ":80"}
 		eventually(t, 20*time.Second, func() error {
 			if o := r.a.dial(t, pod, control)[0]; o.Answer != "a3" {
@@ -856,7 +1057,7 @@ func (r *rivals) testForeignEndpoints(t *testing.T) {
 			checks = append(checks, check{Target: probe.Target{Proto: "http", Address: ip + ":80"}, want: tc.want, rejected: true})
 		}
 		dialAll(t, r.a, pod, checks)
-	}
+	}, r.a)
 }
 
 // testNodePort: a tenant's Service is the tenant's, whatever its type. The

@@ -13,8 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Packet is a UDP datagram with a source that the sender chose.
+// Packet is an IP packet with a source that the sender chose: a UDP datagram, or,
+// without ports, one of another protocol.
 type Packet struct {
+	// Protocol is the number of the IP protocol whose header, if it has one, the
+	// payload begins with; 0 stands for UDP.
+	Protocol    uint8          `json:"protocol,omitempty"`
 	Source      netip.AddrPort `json:"source"`
 	Destination netip.AddrPort `json:"destination"`
 	Payload     []byte         `json:"payload"`
@@ -66,12 +70,28 @@ func (p Packet) frame() error {
 		return fmt.Errorf("packet socket: %w", err)
 	}
 	defer unix.Close(fd)
-	frame := append(append(append([]byte{}, to...), link.HardwareAddr...), 0x08, 0x00)
-	return unix.Sendto(fd, append(frame, p.IP()...), 0, &unix.SockaddrLinklayer{Ifindex: link.Index, Protocol: htons(unix.ETH_P_IP), Halen: 6, Addr: [8]byte(append(to, 0, 0))})
+	ethertype := uint16(unix.ETH_P_IP)
+	if p.Source.Addr().Is6() {
+		ethertype = unix.ETH_P_IPV6
+	}
+	frame := binary.BigEndian.AppendUint16(append(append([]byte{}, to...), link.HardwareAddr...), ethertype)
+	return unix.Sendto(fd, append(frame, p.IP()...), 0, &unix.SockaddrLinklayer{Ifindex: link.Index, Protocol: htons(ethertype), Halen: 6, Addr: [8]byte(append(to, 0, 0))})
 }
 
-// IP is the packet with its IPv4 and UDP headers.
+// IP is the packet with its IP header and, if it is IPv4's, UDP header.
 func (p Packet) IP() []byte {
+	if p.Source.Addr().Is6() {
+		src, dst := p.Source.Addr().As16(), p.Destination.Addr().As16()
+		head := []byte{0x60, 0, 0, 0, 0, byte(len(p.Payload)), p.Protocol, 255} //nolint:gosec // payloads are small
+		return append(append(append(head, src[:]...), dst[:]...), p.Payload...)
+	}
+	if p.Protocol == 0 {
+		return p.ipv4(unix.IPPROTO_UDP, p.udp())
+	}
+	return p.ipv4(p.Protocol, p.Payload)
+}
+
+func (p Packet) udp() []byte {
 	src, dst := p.Source.Addr().As4(), p.Destination.Addr().As4()
 	udp := make([]byte, 8, 8+len(p.Payload))
 	binary.BigEndian.PutUint16(udp[0:], p.Source.Port())
@@ -80,14 +100,18 @@ func (p Packet) IP() []byte {
 	udp = append(udp, p.Payload...)
 	pseudo := append(append(append([]byte{}, src[:]...), dst[:]...), 0, unix.IPPROTO_UDP, udp[4], udp[5])
 	binary.BigEndian.PutUint16(udp[6:], checksum(append(pseudo, udp...)))
+	return udp
+}
 
-	ip := make([]byte, 20, 20+len(udp))
-	ip[0], ip[8], ip[9] = 0x45, 64, unix.IPPROTO_UDP
-	binary.BigEndian.PutUint16(ip[2:], uint16(20+len(udp))) //nolint:gosec // payloads are small
+func (p Packet) ipv4(protocol byte, payload []byte) []byte {
+	src, dst := p.Source.Addr().As4(), p.Destination.Addr().As4()
+	ip := make([]byte, 20, 20+len(payload))
+	ip[0], ip[8], ip[9] = 0x45, 64, protocol
+	binary.BigEndian.PutUint16(ip[2:], uint16(20+len(payload))) //nolint:gosec // payloads are small
 	copy(ip[12:], src[:])
 	copy(ip[16:], dst[:])
 	binary.BigEndian.PutUint16(ip[10:], checksum(ip))
-	return append(ip, udp...)
+	return append(ip, payload...)
 }
 
 func checksum(b []byte) uint16 {

@@ -8,7 +8,8 @@
 //	probe capture IF MARK END                       stdout: "ready", then one line per packet on IF that
 //	                                                contains MARK, until one contains END
 //	probe serve ADDRESS:PORT                        answers HTTP with "served", or with the client's
-//	                                                address at /clientip, until it is killed
+//	                                                address at /clientip, and UDP with "served", until
+//	                                                it is killed
 package probe
 
 import (
@@ -41,6 +42,12 @@ func Run(ctx context.Context, args []string, in io.Reader, out io.Writer) error 
 	case verb == "capture" && len(args) == 3:
 		return capture(ctx, out, args[0], args[1], args[2])
 	case verb == "serve" && len(args) == 1:
+		datagrams, err := (&net.ListenConfig{}).ListenPacket(ctx, "udp4", args[0])
+		if err != nil {
+			return err
+		}
+		defer datagrams.Close()
+		go answer(datagrams)
 		srv := &http.Server{Addr: args[0], ReadHeaderTimeout: 5 * time.Second, Handler: http.HandlerFunc(
 			func(w http.ResponseWriter, r *http.Request) {
 				answer := "served"
@@ -53,6 +60,20 @@ func Run(ctx context.Context, args []string, in io.Reader, out io.Writer) error 
 		return srv.ListenAndServe()
 	}
 	return fmt.Errorf("usage: probe dial|dns|send, probe capture INTERFACE MARK END, probe serve ADDRESS:PORT")
+}
+
+// answer answers until the socket is closed.
+func answer(c net.PacketConn) {
+	buf := make([]byte, 1<<16)
+	for {
+		_, from, err := c.ReadFrom(buf)
+		if err != nil {
+			return
+		}
+		if _, err := c.WriteTo([]byte("served"), from); err != nil {
+			return
+		}
+	}
 }
 
 // batch does everything at once: what is unreachable costs one timeout, not one each.
