@@ -21,58 +21,78 @@ UPSTREAM := etcd $(KUBE) agnhost $(CONTAINERD) runsc containerd-shim-runsc-v1 ru
 OURS := h8s h8s-controller h8s-node h8s-cni
 IMAGES := pause busybox agnhost h8s
 
-# step NAME COMMAND: runs it, says how long it took, and shows the log's tail if it fails.
-step = @start=$$SECONDS; mkdir -p $(BIN)/log; log=$(BIN)/log/build-$(subst /,-,$(1)).log; printf '  build %-28s' '$(1)'; \
-	if ( $(2) ) >"$$log" 2>&1; then printf ' %4ds\n' $$((SECONDS-start)); \
-	else printf ' FAILED after %ds; %s ends with:\n' $$((SECONDS-start)) "$$log"; tail -20 "$$log"; exit 1; fi
+# What our programs are made from. VERSION is in them, and therefore in a file that
+# changes with it.
+SOURCES := go.mod go.sum $(shell find api cmd internal -type f ! -name '*_test.go')
+# Debian's package database changes whenever a package does.
+DPKG := $(wildcard /var/lib/dpkg/status)
+
+# step NAME COMMAND: shows what runs, and the end of its log if it fails. The command
+# may have single quotes in it, but no double ones.
+step = @./build/step.sh '$(1)' '$(BIN)/log/$(subst /,-,$(subst $() $(),-,$(1))).log' "$(2)"
 gobuild = CGO_ENABLED=0 go build -buildvcs=false -trimpath
 
 .PHONY: build up down test bench lint generate deps upstream ours images clean
 
 build: deps upstream ours images ## everything, into bin/
 
-deps: ## Debian packages that are not there yet
-	@./build/deps.sh
+deps: $(BIN)/.deps ## Debian packages that are not there yet
+
+$(BIN)/.deps: build/deps.sh $(DPKG)
+	@./build/deps.sh '$(BIN)/log/install-packages.log'
+	@mkdir -p $(BIN) && touch $@
 
 upstream: $(addprefix $(BIN)/,$(UPSTREAM))
 
 $(BIN)/etcd: upstream/etcd/go.mod
-	$(call step,etcd,cd upstream/etcd && $(gobuild) -ldflags '-s -w' -o $@ go.etcd.io/etcd/server/v3)
+	$(call step,build etcd,cd upstream/etcd && $(gobuild) -ldflags '-s -w' -o $@ go.etcd.io/etcd/server/v3)
 
 $(addprefix $(BIN)/,$(KUBE)): $(BIN)/%: upstream/kubernetes/go.mod
-	$(call step,$*,cd upstream/kubernetes && $(gobuild) -ldflags '$(KUBE_LDFLAGS)' -o $@ k8s.io/kubernetes/cmd/$*)
+	$(call step,build $*,cd upstream/kubernetes && $(gobuild) -ldflags '$(KUBE_LDFLAGS)' -o $@ k8s.io/kubernetes/cmd/$*)
 
 $(BIN)/agnhost: upstream/kubernetes/go.mod
-	$(call step,agnhost,cd upstream/kubernetes && $(gobuild) -ldflags '$(KUBE_LDFLAGS)' -o $@ k8s.io/kubernetes/test/images/agnhost)
+	$(call step,build agnhost,cd upstream/kubernetes && $(gobuild) -ldflags '$(KUBE_LDFLAGS)' -o $@ k8s.io/kubernetes/test/images/agnhost)
 
 $(addprefix $(BIN)/,$(CONTAINERD)): $(BIN)/%: upstream/containerd/go.mod
-	$(call step,$*,cd upstream/containerd && $(gobuild) -ldflags '-s -w -X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)' -o $@ github.com/containerd/containerd/v2/cmd/$*)
+	$(call step,build $*,cd upstream/containerd && $(gobuild) -ldflags '-s -w -X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)' -o $@ github.com/containerd/containerd/v2/cmd/$*)
 
 # runsc chroots itself without a dynamic loader: it must be static.
 $(BIN)/runsc: upstream/gvisor/go.mod
-	$(call step,runsc,cd upstream/gvisor && $(gobuild) -ldflags '-s -w' -o $@ gvisor.dev/gvisor/runsc)
+	$(call step,build runsc,cd upstream/gvisor && $(gobuild) -ldflags '-s -w' -o $@ gvisor.dev/gvisor/runsc)
 
 # Ours, around gVisor's shim packages: docs/decisions/0002-gvisor-shim.md.
 $(BIN)/containerd-shim-runsc-v1: upstream/gvisor/go.mod $(wildcard upstream/gvisor/shim/*.go)
-	$(call step,containerd-shim-runsc-v1,cd upstream/gvisor && $(gobuild) -ldflags '-s -w' -o $@ ./shim)
+	$(call step,build containerd-shim-runsc-v1,cd upstream/gvisor && $(gobuild) -ldflags '-s -w' -o $@ ./shim)
 
-$(BIN)/runc: upstream/runc/go.mod
-	$(call step,runc,cd upstream/runc && CGO_ENABLED=1 go build -buildvcs=false -trimpath -tags seccomp -ldflags '-s -w' -o $@ github.com/opencontainers/runc)
+$(BIN)/runc: upstream/runc/go.mod | $(BIN)/.deps
+	$(call step,build runc,cd upstream/runc && CGO_ENABLED=1 go build -buildvcs=false -trimpath -tags seccomp -ldflags '-s -w' -o $@ github.com/opencontainers/runc)
 
 $(BIN)/helm: upstream/helm/go.mod
-	$(call step,helm,cd upstream/helm && $(gobuild) -ldflags '-s -w' -o $@ helm.sh/helm/v3/cmd/helm)
+	$(call step,build helm,cd upstream/helm && $(gobuild) -ldflags '-s -w' -o $@ helm.sh/helm/v3/cmd/helm)
 
 $(addprefix $(BIN)/cni/,$(notdir $(CNI))): $(BIN)/cni/%: upstream/cni/go.mod
-	$(call step,cni/$*,cd upstream/cni && $(gobuild) -ldflags '-s -w' -o $@ github.com/containernetworking/plugins/plugins/$(filter %/$*,$(CNI)))
+	$(call step,build cni/$*,cd upstream/cni && $(gobuild) -ldflags '-s -w' -o $@ github.com/containernetworking/plugins/plugins/$(filter %/$*,$(CNI)))
 
 $(BIN)/golangci-lint: upstream/golangci-lint/go.mod
-	$(call step,golangci-lint,cd upstream/golangci-lint && $(gobuild) -ldflags '-s -w' -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
+	$(call step,build golangci-lint,cd upstream/golangci-lint && $(gobuild) -ldflags '-s -w' -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
 
-ours: ## our own programs; the compiler's cache decides what is done again
-	$(call step,ours,$(gobuild) -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ $(addprefix ./cmd/,$(OURS)))
+ours: $(addprefix $(BIN)/,$(OURS)) ## our own programs
 
-images: upstream ours ## container images, as archives in bin/images
-	@go run ./images --bin $(BIN) --out $(BIN)/images $(IMAGES)
+# The compiler's cache decides which of them are linked again.
+$(addprefix $(BIN)/,$(OURS)) &: $(SOURCES) $(BIN)/.version
+	$(call step,build ours,$(gobuild) -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ $(addprefix ./cmd/,$(OURS)) && touch $(addprefix $(BIN)/,$(OURS)))
+
+ifneq ($(VERSION),$(file <$(BIN)/.version))
+.PHONY: $(BIN)/.version
+endif
+$(BIN)/.version:
+	@mkdir -p $(BIN) && echo '$(VERSION)' >$@
+
+images: $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) ## container images, as archives in bin/images
+
+# Of our programs and of Debian's. An archive that is right already is not written again.
+$(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) &: $(filter-out %_test.go,$(wildcard images/*.go images/pause/*)) go.mod $(DPKG) $(BIN)/.deps $(BIN)/agnhost $(addprefix $(BIN)/,$(OURS))
+	$(call step,build images,go run ./images --bin $(BIN) --out $(BIN)/images $(IMAGES) && touch $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))))
 
 up: build ## a two-node cluster with two demo tenants
 	@$(BIN)/h8s up --name $(NAME) --nodes $(NODES) --demo

@@ -10,13 +10,6 @@ for p in "${packages[@]}"; do
 done
 [ ${#missing[@]} -eq 0 ] && exit 0
 
-start=$SECONDS
-log=$(mktemp)
-printf '  install %s' "${missing[*]}"
-if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
-	printf ' FAILED; %s ends with:\n' "$log"
-	tail -20 "$log"
-	exit 1
-fi
-rm -f "$log"
-printf ' %ds\n' $((SECONDS - start))
+echo "  installing ${missing[*]}"
+"$(dirname "$0")"/step.sh "install packages" "${1:?log}" \
+	"apt-get update; DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ${missing[*]}"

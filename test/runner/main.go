@@ -32,7 +32,7 @@ type suite struct {
 }
 
 func suites() []suite {
-	unit := []string{"go", "test", "-race", "-timeout=15m", "./api/...", "./internal/...", "./cmd/...", "./images/...", "./bench/...", "./test/runner/..."}
+	unit := []string{"go", "test", "-race", "-timeout=15m", "./api/...", "./internal/...", "./cmd/...", "./images/...", "./bench/...", "./build/...", "./test/runner/..."}
 	return []suite{
 		{name: "generated code", argv: []string{"./test/generated.sh"}},
 		{name: "lint", argv: []string{"make", "--no-print-directory", "lint"}},
