@@ -7,9 +7,11 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
+	"golang.org/x/sys/unix"
 )
 
 // forwarder passes DNS queries to the first resolver that answers.
@@ -20,7 +22,10 @@ type forwarder struct {
 	log       *slog.Logger
 }
 
-const resolverTimeout = 3 * time.Second
+const (
+	resolverTimeout = 3 * time.Second
+	dnsPort         = 53
+)
 
 // ServeDNS implements dns.Handler.
 func (f *forwarder) ServeDNS(w dns.ResponseWriter, query *dns.Msg) {
@@ -101,3 +106,28 @@ func (f *forwarder) serve(ctx context.Context, address netip.AddrPort) error {
 	listener.Close()
 	return err
 }
+
+// checkDNSPort says who keeps a forwarder from serving at the given address, which
+// no link needs to have yet.
+func checkDNSPort(ctx context.Context, address netip.Addr) error {
+	listen := net.ListenConfig{Control: func(_, _ string, conn syscall.RawConn) error {
+		var err error
+		return errors.Join(conn.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_FREEBIND, 1) }), err)
+	}}
+	at := netip.AddrPortFrom(address, dnsPort).String()
+	packets, err := listen.ListenPacket(ctx, "udp", at)
+	if err == nil {
+		packets.Close()
+		var listener net.Listener
+		if listener, err = listen.Listen(ctx, "tcp", at); err == nil {
+			return listener.Close()
+		}
+	}
+	if errors.Is(err, unix.EADDRINUSE) {
+		return fmt.Errorf("a program of this machine serves DNS on every address and so takes port %d of %s from the nodes: %w", dnsPort, address, err)
+	}
+	return err
+}
+
+// dnsPortFix says what to do about it.
+const dnsPortFix = "find it with `ss -lntup 'sport = 53'` and let it listen on its own addresses only (dnsmasq: bind-interfaces, unbound: interface)"

@@ -4,16 +4,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 
 	"github.com/miekg/dns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
+
+// anyClusterAddress is an address that clusters may have and that is no cluster's
+// own (chooseSubnet): what listens there listens on every address.
+var anyClusterAddress = netip.AddrFrom4([4]byte{172, 30, 255, 254}) //nolint:gochecknoglobals // a constant
 
 // diagnoseMachine looks for what a cluster, and Hypernetes on it, needs of the
 // machine.
@@ -25,6 +31,8 @@ func diagnoseMachine(ctx context.Context, binDir string) []Check {
 		verdict("memory", "", "use a machine with 3 GiB of memory or more", checkMemory()).warning(),
 		verdict("disk", "", "make room below "+filepath.Dir(StateRoot), checkDisk()).warning(),
 		verdict("resolvers", "", "pass --resolver to `h8s up`", checkResolvers()).warning(),
+		verdict("DNS port", "", dnsPortFix, checkDNSPort(ctx, anyClusterAddress)),
+		verdict("inotify", "", "sysctl fs.inotify.max_user_instances=1024", checkInotify("/proc")).warning(),
 		verdict("bridged packets", "not filtered", "accept 172.30.0.0/16 in its forward chain, or sysctl net.bridge.bridge-nf-call-iptables=0", checkBridgeFilter(ctx)).warning(),
 	}
 	for _, path := range []string{"/dev/kmsg", "/dev/net/tun", "/dev/fuse"} {
@@ -121,6 +129,38 @@ func checkResolvers() error {
 	}
 	if len(conf.Servers) == 0 {
 		return errors.New("/etc/resolv.conf names no resolver")
+	}
+	return nil
+}
+
+// inotifyNeed is how many inotify instances should be free: a cluster of two nodes
+// takes about 30.
+const inotifyNeed = 40
+
+// checkInotify looks for room for the inotify instances of a cluster's programs.
+// Where there is none, kubelet and containerd fail with "too many open files".
+func checkInotify(proc string) error {
+	data, err := os.ReadFile(filepath.Join(proc, "sys/fs/inotify/max_user_instances"))
+	if err != nil {
+		return err
+	}
+	limit, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	if err != nil {
+		return err
+	}
+	fds, err := filepath.Glob(filepath.Join(proc, "[0-9]*/fd/*"))
+	if err != nil {
+		return err
+	}
+	used := 0
+	for _, fd := range fds {
+		// The limit is per user; what others use is counted as well, to be on the safe side.
+		if target, err := os.Readlink(fd); err == nil && target == "anon_inode:inotify" {
+			used++
+		}
+	}
+	if free := limit - used; free < inotifyNeed {
+		return fmt.Errorf("%d of %d inotify instances are in use, and a cluster of two nodes takes about 30", used, limit)
 	}
 	return nil
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -21,23 +20,54 @@ import (
 // lockFile takes an exclusive lock that ends with this process. held is true if
 // somebody else has it.
 func lockFile(path string) (f *os.File, held bool, err error) {
+	f, err = flock(path, unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, true, nil
+	}
+	return f, false, err
+}
+
+// waitForLock is lockFile that sleeps until nobody else has the lock.
+func waitForLock(ctx context.Context, path string) (*os.File, error) {
+	type result struct {
+		f   *os.File
+		err error
+	}
+	got := make(chan result)
+	go func() {
+		f, err := flock(path, unix.LOCK_EX)
+		select {
+		case got <- result{f, err}:
+		case <-ctx.Done(): // nobody wants it any more
+			f.Close()
+		}
+	}()
+	select {
+	case r := <-got:
+		return r.f, r.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func flock(path string, how int) (*os.File, error) {
 	for {
 		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
 		if err != nil {
-			return nil, false, err
+			return nil, err
 		}
-		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if err := unix.Flock(int(f.Fd()), how); err != nil {
 			f.Close()
-			if errors.Is(err, unix.EWOULDBLOCK) {
-				return nil, true, nil
+			if errors.Is(err, unix.EINTR) {
+				continue
 			}
-			return nil, false, err
+			return nil, err
 		}
 		// Whoever had the lock may have removed the file that we opened.
 		opened, err1 := f.Stat()
 		there, err2 := os.Stat(path)
 		if err1 == nil && err2 == nil && os.SameFile(opened, there) {
-			return f, false, nil
+			return f, nil
 		}
 		f.Close()
 	}
@@ -106,11 +136,7 @@ func Supervise(ctx context.Context, name string, standby bool, log *slog.Logger)
 	if err := joinCgroup(cgroup, os.Getpid()); err != nil {
 		return err
 	}
-	patience := 5 * time.Second // whoever looks whether there is a supervisor holds the lock for a moment
-	if standby {
-		patience = math.MaxInt64
-	}
-	lock, err := c.becomeSupervisor(ctx, patience)
+	lock, err := c.becomeSupervisor(ctx, standby)
 	if err != nil {
 		return err
 	}
@@ -119,17 +145,15 @@ func Supervise(ctx context.Context, name string, standby bool, log *slog.Logger)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		keep(ctx, log.With("process", "standby"), func() error { return runStandby(ctx, c) })
 	})
 	wg.Go(func() {
+		log := log.With("process", "DNS forwarder")
 		f := &forwarder{resolvers: c.Resolvers, log: log}
-		if err := f.serve(ctx, netip.AddrPortFrom(c.gateway(), 53)); err != nil {
-			cancel(err)
-		}
+		// Without it the nodes still do all but resolve outside names.
+		keep(ctx, log, func() error { return f.serve(ctx, netip.AddrPortFrom(c.gateway(), dnsPort)) })
 	})
 	for _, n := range c.Nodes {
 		log := log.With("process", "node init", "node", n.Name)
@@ -139,22 +163,23 @@ func Supervise(ctx context.Context, name string, standby bool, log *slog.Logger)
 	return context.Cause(ctx)
 }
 
-// becomeSupervisor takes the lock that only one supervisor of a cluster has.
-func (c *Config) becomeSupervisor(ctx context.Context, patience time.Duration) (lock *os.File, err error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+// becomeSupervisor takes the lock that only one supervisor of a cluster has; a
+// standby waits for it as long as it takes.
+func (c *Config) becomeSupervisor(ctx context.Context, standby bool) (lock *os.File, err error) {
+	if standby {
+		return waitForLock(ctx, c.state().supervisorLock())
+	}
+	// Whoever looks whether there is a supervisor holds the lock for a moment.
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	err = poll(ctx, 50*time.Millisecond, func() error {
-		f, held, err := lockFile(c.state().supervisorLock())
-		if err == nil && held {
-			err = fmt.Errorf("cluster %q has a supervisor already", c.Name)
-		}
-		lock = f
-		return err
-	})
+	lock, err = waitForLock(ctx, c.state().supervisorLock())
+	if errors.Is(err, context.DeadlineExceeded) {
+		return nil, fmt.Errorf("cluster %q has a supervisor already", c.Name)
+	}
 	return lock, err
 }
 
-// keep runs a process again and again.
+// keep does something that is to go on for ever again and again.
 func keep(ctx context.Context, log *slog.Logger, run func() error) {
 	var wait time.Duration
 	for ctx.Err() == nil {
