@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -21,12 +22,14 @@ import (
 const (
 	releaseName      = "h8s"
 	productNamespace = "h8s-system"
+	agentDaemonSet   = "h8s-node"
 )
 
-// chartValues are what the chart has to know about an embedded cluster. Tenants
-// do not reach the machine: not at its address on the bridge, which is of the
-// cluster's own network, nor at its other addresses, nor clusters beside this one.
-func chartValues(c *Config, machine []netip.Prefix) map[string]any {
+// chartValues are what the chart has to know about an embedded cluster, where the
+// product's image has the given tag. Tenants do not reach the machine: not at its
+// address on the bridge, which is of the cluster's own network, nor at its other
+// addresses, nor clusters beside this one.
+func chartValues(c *Config, machine []netip.Prefix, tag string) map[string]any {
 	type object = map[string]any
 	denied := []string{subnets.String()}
 	for _, address := range machine {
@@ -39,9 +42,20 @@ func chartValues(c *Config, machine []netip.Prefix) map[string]any {
 		"clusterDomain":       Domain,
 		"serviceCIDRs":        []string{serviceCIDR},
 		"podCIDRs":            []string{podCIDR},
-		"image":               object{"repository": "localhost/h8s", "tag": "latest", "pullPolicy": "Never"},
+		"image":               object{"repository": "localhost/h8s", "tag": tag, "pullPolicy": "Never"},
 		"node":                object{"apiServer": object{"host": c.Nodes[0].Address.String(), "port": apiPort}},
 	}
+}
+
+// valuesFor is the values file for the chart: the same as long as the machine has
+// the same addresses.
+func valuesFor(c *Config, tag string) ([]byte, error) {
+	machine, err := machineAddresses()
+	if err != nil {
+		return nil, fmt.Errorf("list the machine's addresses: %w", err)
+	}
+	slices.SortFunc(machine, netip.Prefix.Compare)
+	return yaml.Marshal(chartValues(c, machine, tag))
 }
 
 // chartDir finds the chart: beside bin in a checkout.
@@ -61,16 +75,15 @@ func (b *bringUp) installChart(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	machine, err := machineAddresses()
-	if err != nil {
-		return fmt.Errorf("list the machine's addresses: %w", err)
-	}
-	values, err := yaml.Marshal(chartValues(b.Config, machine))
+	values, err := valuesFor(b.Config, imageTag(b.images[productImage]))
 	if err != nil {
 		return err
 	}
 	valuesFile := b.state().path("values.yaml")
 	if err := writeFile(valuesFile, values, 0o644); err != nil {
+		return err
+	}
+	if err := b.forgetInterrupted(ctx); err != nil {
 		return err
 	}
 	log, err := openLog(b.state().path("log", "helm.log"))
@@ -89,7 +102,50 @@ func (b *bringUp) installChart(ctx context.Context) error {
 	if err := helm.Run(); err != nil {
 		return fmt.Errorf("install the chart %s: %w", chart, errors.Join(ctx.Err(), err))
 	}
+	if err := b.waitForAgents(ctx); err != nil {
+		return err
+	}
 	return b.waitForWebhooks(ctx)
+}
+
+// forgetInterrupted removes Helm's record of an operation that was interrupted: it
+// would refuse every further one. Nobody else is at work, this process has the
+// cluster's lock.
+func (b *bringUp) forgetInterrupted(ctx context.Context) error {
+	client, err := b.client()
+	if err != nil {
+		return err
+	}
+	err = client.CoreV1().Secrets(productNamespace).DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{
+		LabelSelector: "owner=helm,name=" + releaseName + ",status in (pending-install,pending-upgrade,pending-rollback)",
+	})
+	if err != nil {
+		return fmt.Errorf("remove Helm's record of an interrupted installation: %w", err)
+	}
+	return nil
+}
+
+// waitForAgents waits until every node has the node agent that was installed, and is
+// Ready with it. Helm is content when one node still has an older one.
+func (b *bringUp) waitForAgents(ctx context.Context) error {
+	client, err := b.client()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	return poll(ctx, 100*time.Millisecond, func() error {
+		agents, err := client.AppsV1().DaemonSets(productNamespace).Get(ctx, agentDaemonSet, metav1.GetOptions{})
+		if err != nil {
+			return fmt.Errorf("wait for the node agents: %w", err)
+		}
+		s := agents.Status
+		if s.ObservedGeneration < agents.Generation || s.UpdatedNumberScheduled < s.DesiredNumberScheduled || s.NumberAvailable < s.DesiredNumberScheduled {
+			return fmt.Errorf("%d of %d node agents are up to date and %d available: `kubectl -n %s describe pods` says why",
+				s.UpdatedNumberScheduled, s.DesiredNumberScheduled, s.NumberAvailable, productNamespace)
+		}
+		return b.nodesReady(ctx, client)
+	})
 }
 
 // waitForWebhooks asks until the API server reaches the controller's webhooks:

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"time"
 
@@ -43,6 +44,9 @@ func newObjectClient(conf *rest.Config) (client.Client, error) {
 	return client.New(conf, client.Options{Scheme: scheme})
 }
 
+// demoLog is where the making of the demo tenants is written down.
+func (b *bringUp) demoLog() string { return b.state().path("log", "demo.log") }
+
 // makeDemo makes the tenants as an operator does, and what they run as they
 // would: with their own credentials.
 func (b *bringUp) makeDemo(ctx context.Context) error {
@@ -52,22 +56,68 @@ func (b *bringUp) makeDemo(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	out, err := openLog(b.demoLog())
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	d := &demo{Config: b.Config, operator: operator, log: slog.New(slog.NewTextHandler(out, nil))}
 	for _, t := range demoTenants {
-		for _, object := range t.operatorObjects() {
-			// The webhooks of a cluster that starts again may not be there yet.
-			err := poll(ctx, 100*time.Millisecond, func() error { return ensureObject(ctx, operator, object) })
-			if err != nil {
-				return err
-			}
+		// The webhooks of a cluster that starts again may not be there yet.
+		if err := d.ensure(ctx, operator, t.operatorObjects()); err != nil {
+			return err
 		}
 	}
 	for _, t := range demoTenants {
-		if err := b.makeShop(ctx, operator, t); err != nil {
+		if err := d.makeShop(ctx, t); err != nil {
 			return fmt.Errorf("as %s of tenant %s: %w", t.owner, t.name, err)
 		}
 	}
 	for _, t := range demoTenants {
-		if err := waitWeb(ctx, operator, t); err != nil {
+		if err := d.waitWeb(ctx, t); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// demo is one making of the demo tenants.
+type demo struct {
+	*Config
+	operator client.Client
+	log      *slog.Logger
+}
+
+// until is poll that writes down what is done, and what it waits for meanwhile.
+func (d *demo) until(ctx context.Context, what string, f func() error) error {
+	last := ""
+	err := poll(ctx, 100*time.Millisecond, func() error {
+		err := f()
+		if err != nil && err.Error() != last {
+			last = err.Error()
+			d.log.Info("waiting", "until", what, "error", last)
+		}
+		return err
+	})
+	if err != nil {
+		d.log.Error("given up", "until", what, "error", err)
+		return err
+	}
+	d.log.Info("done", "what", what)
+	return nil
+}
+
+// ensure makes objects that are not there yet.
+func (d *demo) ensure(ctx context.Context, c client.Client, objects []client.Object) error {
+	for _, object := range objects {
+		what := fmt.Sprintf("make %T %s", object, object.GetName())
+		err := d.until(ctx, what, func() error {
+			if err := c.Create(ctx, object); err != nil && !apierrors.IsAlreadyExists(err) {
+				return fmt.Errorf("%s: %w", what, err)
+			}
+			return nil
+		})
+		if err != nil {
 			return err
 		}
 	}
@@ -75,10 +125,10 @@ func (b *bringUp) makeDemo(ctx context.Context) error {
 }
 
 // makeShop makes a tenant's namespace and what is in it, as the tenant's owner.
-func (b *bringUp) makeShop(ctx context.Context, operator client.Client, t demoTenant) error {
-	err := poll(ctx, 100*time.Millisecond, func() error {
+func (d *demo) makeShop(ctx context.Context, t demoTenant) error {
+	err := d.until(ctx, "tenant "+t.name+" is ready", func() error {
 		var tenant v1alpha1.Tenant
-		if err := operator.Get(ctx, client.ObjectKey{Name: t.name}, &tenant); err != nil {
+		if err := d.operator.Get(ctx, client.ObjectKey{Name: t.name}, &tenant); err != nil {
 			return err
 		}
 		if !meta.IsStatusConditionTrue(tenant.Status.Conditions, v1alpha1.ConditionReady) {
@@ -89,7 +139,7 @@ func (b *bringUp) makeShop(ctx context.Context, operator client.Client, t demoTe
 	if err != nil {
 		return err
 	}
-	data, err := b.userKubeconfig(ctx, t.owner, nil)
+	data, err := d.userKubeconfig(ctx, t.owner, nil)
 	if err != nil {
 		return err
 	}
@@ -101,27 +151,15 @@ func (b *bringUp) makeShop(ctx context.Context, operator client.Client, t demoTe
 	if err != nil {
 		return err
 	}
-	for _, object := range t.ownerObjects() {
-		// The controller gives access to a new namespace a moment after it is made.
-		err := poll(ctx, 100*time.Millisecond, func() error { return ensureObject(ctx, owner, object) })
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	// The controller gives access to a new namespace a moment after it is made.
+	return d.ensure(ctx, owner, t.ownerObjects())
 }
 
-func ensureObject(ctx context.Context, c client.Client, object client.Object) error {
-	if err := c.Create(ctx, object); err != nil && !apierrors.IsAlreadyExists(err) {
-		return fmt.Errorf("make %T %s: %w", object, object.GetName(), err)
-	}
-	return nil
-}
-
-func waitWeb(ctx context.Context, c client.Client, t demoTenant) error {
-	return poll(ctx, 200*time.Millisecond, func() error {
+// waitWeb waits until a tenant's pods serve.
+func (d *demo) waitWeb(ctx context.Context, t demoTenant) error {
+	return d.until(ctx, "the web of tenant "+t.name+" is ready", func() error {
 		var web appsv1.Deployment
-		if err := c.Get(ctx, client.ObjectKey{Namespace: t.namespace(), Name: "web"}, &web); err != nil {
+		if err := d.operator.Get(ctx, client.ObjectKey{Namespace: t.namespace(), Name: "web"}, &web); err != nil {
 			return err
 		}
 		if web.Status.ReadyReplicas < *web.Spec.Replicas {
@@ -211,9 +249,9 @@ func (b *bringUp) summary() {
 	first, second := demoTenants[0], demoTenants[1]
 	fmt.Fprintf(&s, `
 Try:
-  export KUBECONFIG=%[1]s; %[2]s/kubectl get tenants,networks,pods -A -o wide
-  %[2]s/h8s kubeconfig%[3]s --user %[4]s > /tmp/%[4]s; %[2]s/kubectl --kubeconfig /tmp/%[4]s -n %[5]s exec deploy/web -- wget -qO- http://web/hostname
-  %[2]s/kubectl --kubeconfig /tmp/%[4]s -n %[6]s get pods   # %[7]s's, and therefore refused
+  %[2]s/kubectl --kubeconfig %[1]s get tenants,networks,pods -A -o wide
+  %[2]s/h8s kubeconfig%[3]s --user %[4]s > %[4]s.kubeconfig; %[2]s/kubectl --kubeconfig %[4]s.kubeconfig -n %[5]s exec deploy/web -- wget -qO- http://web/hostname
+  %[2]s/kubectl --kubeconfig %[4]s.kubeconfig -n %[6]s get pods   # %[7]s's, and therefore refused
 `, b.state().adminKubeconfig(), b.BinDir, name, first.owner, first.namespace(), second.namespace(), second.name)
 	fmt.Fprint(b.opts.Out, s.String())
 }

@@ -177,7 +177,7 @@ func cgroupClusters() ([]string, error) {
 	found := map[string]bool{}
 	for _, root := range append(v1, v2...) {
 		// What a cluster has below its cgroup tells it from others of such a name.
-		for _, pattern := range []string{"supervisor", "n*/system"} {
+		for _, pattern := range []string{"supervisor", "up", "n*/system"} {
 			dirs, err := filepath.Glob(filepath.Join(root, clusterCgroup("*"), pattern))
 			if err != nil {
 				return nil, err

@@ -29,6 +29,10 @@ func Down(ctx context.Context, name string) error {
 	}
 	defer func() {
 		unlock()
+		// An `h8s up` that was killed may have left this lock's file.
+		if unlock, err := lockCluster(subnetsLock); err == nil {
+			unlock()
+		}
 		_ = os.Remove(StateRoot) // stays if another cluster is in it
 	}()
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)

@@ -51,7 +51,7 @@ func GetStatus(ctx context.Context, name string) (*Status, error) {
 	if err != nil {
 		return nil, err
 	}
-	m, complete := c.readMarker()
+	m, complete := c.readInstalled()
 	s := &Status{
 		Name:       c.Name,
 		Complete:   complete,

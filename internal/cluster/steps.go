@@ -3,9 +3,11 @@ package cluster
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 )
@@ -21,14 +23,28 @@ type step struct {
 
 const logTail = 20
 
+// loggedError is an error that some logs explain better than those of its step.
+type loggedError struct {
+	error
+	logs []string
+}
+
+func (e *loggedError) Unwrap() error { return e.error }
+
+// withLog says which logs explain an error.
+func withLog(err error, logs ...string) error { return &loggedError{err, logs} }
+
 // runSteps runs the steps one after the other and shows each with the time it
-// takes: on a terminal while it runs, elsewhere one line when it is done.
+// takes: on a terminal while it runs, elsewhere a line when it starts and one when
+// it is done.
 func runSteps(ctx context.Context, out io.Writer, terminal bool, steps []step) error {
 	for _, s := range steps {
 		began := time.Now()
 		stop := func() {}
 		if terminal {
 			stop = showElapsed(out, s.name, began)
+		} else {
+			fmt.Fprintf(out, "  … %s\n", s.name)
 		}
 		err := s.run(ctx)
 		stop()
@@ -38,7 +54,11 @@ func runSteps(ctx context.Context, out io.Writer, terminal bool, steps []step) e
 			continue
 		}
 		fmt.Fprintf(out, "  ✗ %-28s %5.1fs\n", s.name, elapsed)
-		for _, log := range s.logs {
+		logs := s.logs
+		if better := new(loggedError); errors.As(err, &better) {
+			logs = append(slices.Clone(better.logs), logs...)
+		}
+		for _, log := range logs {
 			if tail := tailOf(log, logTail); tail != "" {
 				fmt.Fprintf(out, "\n%s ends with:\n%s\n", log, tail)
 				break

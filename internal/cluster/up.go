@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -39,7 +41,8 @@ type UpOptions struct {
 }
 
 // Up makes a cluster, or completes one that was left halfway, and returns when it
-// can be used. It changes nothing about a cluster that is complete.
+// can be used. In a complete cluster it brings images and product up to date with
+// the files that they come from; it changes nothing if they are.
 func Up(ctx context.Context, o UpOptions) error {
 	if err := ValidateName(o.Name); err != nil {
 		return err
@@ -60,28 +63,113 @@ func Up(ctx context.Context, o UpOptions) error {
 		}
 	case err != nil:
 		return err
-	case o.Nodes != 0 && o.Nodes != len(c.Nodes):
-		return fmt.Errorf("cluster %q has %d nodes and that cannot change: `h8s down --name %s` first, or --nodes %d", c.Name, len(c.Nodes), c.Name, len(c.Nodes))
 	}
-	done, err := c.complete(ctx, o)
+	was, completed := c.readInstalled()
+	if err := c.honours(o, was); err != nil {
+		return err
+	}
+	now, err := c.installable(o.Product)
 	if err != nil {
 		return err
 	}
-	if done {
+	running, err := c.running()
+	if err != nil {
+		return err
+	}
+	if running && completed {
+		c.noteReplaced(o.Out, was.replaced(now))
+		now.Programs = was.Programs
+	}
+	var outdated []string
+	if completed {
+		outdated = was.outdated(now)
+	}
+	if running && completed && len(outdated) == 0 && (was.Product || !o.Product) && (was.Demo || !o.Demo) && c.answers(ctx) {
 		fmt.Fprintf(o.Out, "cluster %q is already up\n", c.Name)
 		return nil
 	}
 	fmt.Fprintf(o.Out, "cluster %q: %d nodes, Kubernetes at %s\n", c.Name, len(c.Nodes), c.apiServer())
-	b := &bringUp{Config: c, opts: o}
+	if len(outdated) > 0 {
+		fmt.Fprintf(o.Out, "changed since they were installed: %s\n", strings.Join(outdated, ", "))
+	}
+	if err := c.joinUp(ctx); err != nil {
+		return err
+	}
+	b := &bringUp{Config: c, opts: o, upgrade: was.Product, images: now.Images}
 	if err := runSteps(ctx, o.Out, o.Terminal, b.steps()); err != nil {
 		return fmt.Errorf("%w\nlogs: %s; `h8s up` tries again, `h8s down` removes what was made", err, c.state())
 	}
-	if err := b.markComplete(); err != nil {
+	now.Demo = was.Demo || o.Demo && o.Product
+	if err := c.writeInstalled(now); err != nil {
 		return err
 	}
 	b.summary()
 	return nil
 }
+
+// honours says which of the options contradict what an existing cluster is.
+func (c *Config) honours(o UpOptions, was installed) error {
+	binDir, err := resolvePath(o.BinDir)
+	if err != nil {
+		return err
+	}
+	refuse := func(is, wish string) error {
+		return fmt.Errorf("cluster %q %s and that cannot change: %s, or `h8s down --name %s` first, or choose another --name", c.Name, is, wish, c.Name)
+	}
+	switch {
+	case o.Nodes != 0 && o.Nodes != len(c.Nodes):
+		return refuse(fmt.Sprintf("has %d nodes", len(c.Nodes)), fmt.Sprintf("say --nodes %d", len(c.Nodes)))
+	case len(o.Resolvers) > 0 && !slices.Equal(o.Resolvers, c.Resolvers):
+		is := "uses the machine's resolvers"
+		if len(c.Resolvers) > 0 {
+			is = "uses the resolvers " + strings.Join(c.Resolvers, ", ")
+		}
+		return refuse(is, "leave --resolver out")
+	case binDir != c.BinDir:
+		return refuse(fmt.Sprintf("runs the programs in %s, not those in %s,", c.BinDir, binDir), "say --bin-dir "+c.BinDir)
+	case was.Product && !o.Product:
+		return refuse("has Hypernetes", "leave --no-product out")
+	}
+	return nil
+}
+
+// resolvePath gives every directory one name.
+func resolvePath(path string) (string, error) {
+	absolute, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks(absolute)
+}
+
+// noteReplaced says that programs run on which a build has replaced: to start them
+// again would end every pod, and that is not `h8s up`'s to decide.
+func (c *Config) noteReplaced(out io.Writer, programs []string) {
+	if len(programs) > 0 {
+		fmt.Fprintf(out, "note: cluster %q still runs older builds of %s: `h8s down --name %s` first to start with the new ones\n",
+			c.Name, strings.Join(programs, ", "), c.Name)
+	}
+}
+
+// joinUp puts this process into a cgroup of the cluster, and with it what it
+// starts (helm, ctr): should it be killed, `h8s down` finds those, and the next
+// `h8s up` ends them here.
+func (c *Config) joinUp(ctx context.Context) error {
+	cgroup := clusterCgroup(c.Name) + "/up"
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	if err := killCgroup(ctx, cgroup); err != nil {
+		return fmt.Errorf("end what an interrupted `h8s up` left running: %w", err)
+	}
+	if err := ensureCgroup(cgroup); err != nil {
+		return err
+	}
+	return joinCgroup(cgroup, os.Getpid())
+}
+
+// subnetsLock is the name of the lock under which a cluster chooses its subnet: the
+// name of no cluster.
+const subnetsLock = ".subnets"
 
 // lockCluster keeps two commands from changing one cluster at a time.
 func lockCluster(name string) (unlock func(), err error) {
@@ -105,7 +193,7 @@ func lockCluster(name string) (unlock func(), err error) {
 // createConfig decides on the addresses of a new cluster. Under a lock of all
 // clusters, so that two of them never choose the same.
 func createConfig(ctx context.Context, o UpOptions) (*Config, error) {
-	binDir, err := filepath.Abs(o.BinDir)
+	binDir, err := resolvePath(o.BinDir)
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +204,7 @@ func createConfig(ctx context.Context, o UpOptions) (*Config, error) {
 	defer cancel()
 	var unlock func()
 	err = poll(ctx, 20*time.Millisecond, func() error {
-		unlock, err = lockCluster(".subnets")
+		unlock, err = lockCluster(subnetsLock)
 		return err
 	})
 	if err != nil {
@@ -163,46 +251,12 @@ func checkPrograms(binDir string) error {
 	return nil
 }
 
-// marker is written when a cluster is complete, and says what it was made with.
-type marker struct {
-	Product bool `json:"product"`
-	Demo    bool `json:"demo"`
-}
-
-func (c *Config) readMarker() (m marker, ok bool) {
-	data, err := os.ReadFile(c.state().readyFile())
-	if err != nil || json.Unmarshal(data, &m) != nil {
-		return marker{}, false
-	}
-	return m, true
-}
-
-func (b *bringUp) markComplete() error {
-	data, err := json.Marshal(marker{Product: b.opts.Product, Demo: b.opts.Product && b.opts.Demo})
-	if err != nil {
-		return err
-	}
-	return writeFile(b.state().readyFile(), append(data, '\n'), 0o644)
-}
-
-// complete says whether nothing is left to do: all that is asked for was made, and
-// runs.
-func (c *Config) complete(ctx context.Context, o UpOptions) (bool, error) {
-	m, ok := c.readMarker()
-	if !ok || (o.Product && !m.Product) || (o.Product && o.Demo && !m.Demo) {
-		return false, nil
-	}
-	running, err := c.running()
-	if err != nil || !running {
-		return false, err
-	}
+// answers says whether the API server answers and every node is Ready, or soon is.
+func (c *Config) answers(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	client, err := c.client()
-	if err != nil {
-		return false, err
-	}
-	return c.nodesReady(ctx, client) == nil, nil
+	return err == nil && poll(ctx, 100*time.Millisecond, func() error { return c.nodesReady(ctx, client) }) == nil
 }
 
 // restConfig is the administrator's way into the cluster.
@@ -227,16 +281,16 @@ func (c *Config) client() (kubernetes.Interface, error) {
 type bringUp struct {
 	*Config
 	opts UpOptions
+	// upgrade says that the product is there already.
+	upgrade bool
+	// images are the IDs of the images to load, by name.
+	images map[string]string
 	// started is when this run started the supervisor; zero if it did not.
 	started time.Time
 }
 
 func (b *bringUp) steps() []step {
-	// A node that does not boot has the log of its init and no other.
-	logs := func(program string) []string {
-		first := b.Nodes[0].Name
-		return []string{b.state().programLog(first, program), b.state().programLog(first, "init"), b.state().supervisorLog()}
-	}
+	logs := func(program string) []string { return b.nodeLogs(b.Nodes[0].Name, program) }
 	steps := []step{
 		{"start network", []string{b.state().supervisorLog()}, b.startNetwork},
 		{"start control plane", logs("kube-apiserver"), b.startControlPlane},
@@ -245,12 +299,22 @@ func (b *bringUp) steps() []step {
 		{"start controllers", logs("kube-controller-manager"), b.startControllers},
 	}
 	if b.opts.Product {
-		steps = append(steps, step{"install hypernetes", []string{b.state().path("log", "helm.log")}, b.installChart})
+		install := "install hypernetes"
+		if b.upgrade {
+			install = "upgrade hypernetes"
+		}
+		steps = append(steps, step{install, []string{b.state().path("log", "helm.log")}, b.installChart})
 		if b.opts.Demo {
-			steps = append(steps, step{"make demo tenants", nil, b.makeDemo})
+			steps = append(steps, step{"make demo tenants", []string{b.demoLog()}, b.makeDemo})
 		}
 	}
 	return steps
+}
+
+// nodeLogs are the logs to look into when something is wrong with a node's program.
+// A node that does not boot has the log of its init and no other.
+func (b *bringUp) nodeLogs(node, program string) []string {
+	return []string{b.state().programLog(node, program), b.state().programLog(node, "init"), b.state().supervisorLog()}
 }
 
 // startNetwork makes keys and certificates and starts the supervisor, which does
@@ -278,6 +342,9 @@ func (b *bringUp) startNetwork(ctx context.Context) error {
 	}
 	if running {
 		return nil
+	}
+	if err := checkDNSPort(ctx, b.gateway()); err != nil {
+		return fmt.Errorf("%w: %s", err, dnsPortFix)
 	}
 	b.started = time.Now()
 	return startSupervisor(ctx, b.Config)
@@ -344,12 +411,15 @@ func (b *bringUp) startNodes(ctx context.Context) error {
 			return err
 		})
 		if err != nil {
-			return fmt.Errorf("node %s does not register, see %s: %w", n.Name, b.state().programLog(n.Name, "kubelet"), err)
+			return withLog(fmt.Errorf("node %s does not register: %w", n.Name, err), b.nodeLogs(n.Name, "kubelet")...)
 		}
 	}
-	return b.await(ctx, func(ctx context.Context) error {
-		return errors.Join(b.nodesReady(ctx, client), b.nodesAlive(ctx, client))
-	})
+	for _, n := range b.Nodes {
+		if err := b.await(ctx, func(ctx context.Context) error { return b.nodeAlive(ctx, client, n.Name) }); err != nil {
+			return withLog(err, b.nodeLogs(n.Name, "kubelet")...)
+		}
+	}
+	return nil
 }
 
 // startControllers waits for a sign of kube-controller-manager: the ServiceAccount
@@ -365,24 +435,26 @@ func (b *bringUp) startControllers(ctx context.Context) error {
 	})
 }
 
-// nodesAlive says which node has not been heard of since the supervisor started:
-// what a cluster that starts again knows of its nodes is of the life before.
-func (b *bringUp) nodesAlive(ctx context.Context, client kubernetes.Interface) error {
-	for _, n := range b.Nodes {
-		node, err := client.CoreV1().Nodes().Get(ctx, n.Name, metav1.GetOptions{})
-		if err != nil {
-			return err
-		}
-		if !node.CreationTimestamp.Time.Before(b.started.Truncate(time.Second)) {
-			continue // registered in this life
-		}
-		lease, err := client.CoordinationV1().Leases(corev1.NamespaceNodeLease).Get(ctx, n.Name, metav1.GetOptions{})
-		if err != nil {
-			return fmt.Errorf("look up the lease of node %s: %w", n.Name, err)
-		}
-		if lease.Spec.RenewTime == nil || lease.Spec.RenewTime.Time.Before(b.started) {
-			return fmt.Errorf("node %s has not reported yet", n.Name)
-		}
+// nodeAlive says why a node is not Ready, or that it has not been heard of since
+// the supervisor started: what a cluster that starts again knows of its nodes is of
+// the life before.
+func (b *bringUp) nodeAlive(ctx context.Context, client kubernetes.Interface, name string) error {
+	node, err := client.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return err
+	}
+	if err := nodeReady(node); err != nil {
+		return err
+	}
+	if !node.CreationTimestamp.Time.Before(b.started.Truncate(time.Second)) {
+		return nil // registered in this life
+	}
+	lease, err := client.CoordinationV1().Leases(corev1.NamespaceNodeLease).Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		return fmt.Errorf("look up the lease of node %s: %w", name, err)
+	}
+	if lease.Spec.RenewTime == nil || lease.Spec.RenewTime.Time.Before(b.started) {
+		return fmt.Errorf("node %s has not reported yet", name)
 	}
 	return nil
 }
