@@ -4,9 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -49,14 +46,7 @@ func TestUpstream(t *testing.T) {
 			}
 		}
 	})
-	t.Run("Status", func(t *testing.T) {
-		out, err := h8sOutput(time.Minute, "status", "--name", cluster.cluster, "-o", "json")
-		if err != nil || !json.Valid([]byte(out)) {
-			t.Errorf("h8s status -o json: %v: %s", err, out)
-		}
-		if out, err := h8sOutput(time.Minute, "version"); err != nil || strings.TrimSpace(out) == "" {
-			t.Errorf("h8s version: %v: %q", err, out)
-		}
+	t.Run("Doctor", func(t *testing.T) {
 		if wrong := doctor(t); wrong != "" {
 			t.Errorf("h8s doctor: %s", wrong)
 		}
@@ -127,65 +117,6 @@ func TestKinds(t *testing.T) {
 			}
 		})
 	}
-}
-
-// TestSideBySide brings a second cluster up and down while this one is up, and
-// looks for what it left.
-func TestSideBySide(t *testing.T) {
-	const name = "beside"
-	_, _ = h8sOutput(2*time.Minute, "down", "--name", name)
-	before := hostState()
-	t.Cleanup(func() { _, _ = h8sOutput(2*time.Minute, "down", "--name", name) })
-	if out, err := h8sOutput(3*time.Minute, "up", "--name", name, "--nodes", "1", "--resolver", outsideDNS); err != nil {
-		t.Fatalf("h8s up: %v: %s", err, out)
-	}
-	// Each answers for itself, and their nodes do not share an address.
-	config, err := h8sOutput(time.Minute, "kubeconfig", "--name", name)
-	if err != nil {
-		t.Fatalf("h8s kubeconfig: %v: %s", err, config)
-	}
-	addresses := map[string]string{}
-	for cluster, args := range map[string][]string{name: {"--kubeconfig=" + manifest(t, config)}, cluster.cluster: nil} {
-		out := kubectl(t, admin, append(args, "get", "nodes", "-o", `jsonpath={.items[*].status.addresses[?(@.type=="InternalIP")].address}`)...)
-		for _, a := range strings.Fields(out) {
-			if other := addresses[a]; other != "" {
-				t.Errorf("clusters %s and %s both have a node at %s", cluster, other, a)
-			}
-			if _, err := netip.ParseAddr(a); err != nil {
-				t.Error(err)
-			}
-			addresses[a] = cluster
-		}
-	}
-	out, err := h8sOutput(30*time.Second, "up", "--name", name)
-	if err != nil || !strings.Contains(out, "already up") {
-		t.Errorf("h8s up again: %v: %s", err, out)
-	}
-	if out, err := h8sOutput(2*time.Minute, "down", "--name", name); err != nil {
-		t.Fatalf("h8s down: %v: %s", err, out)
-	}
-	if left := added(before, hostState()); len(left) > 0 {
-		t.Errorf("h8s down left something on the host:\n%s", strings.Join(left, "\n"))
-	}
-	// They are dead when h8s down returns; it is the machine's init that reaps them.
-	if err := poll(20*time.Second, func() error {
-		if out, err := exec.Command("sh", "-c", "grep -l /h8s-"+name+"/ /proc/[0-9]*/cgroup").Output(); err == nil {
-			return fmt.Errorf("h8s down left processes: %s", out)
-		}
-		return nil
-	}); err != nil {
-		t.Error(err)
-	}
-	if left, _ := filepath.Glob("/sys/fs/cgroup/*/h8s-" + name); len(left) > 0 {
-		t.Errorf("h8s down left cgroups: %v", left)
-	}
-	if _, err := h8sOutput(30*time.Second, "status", "--name", name); err == nil {
-		t.Error("h8s status succeeds after h8s down")
-	}
-	if _, err := h8sOutput(30*time.Second, "down", "--name", name); err != nil {
-		t.Errorf("h8s down again: %v", err)
-	}
-	kubectl(t, admin, "get", "nodes")
 }
 
 // TestKill kills each component as a crash would. It must be started again, what

@@ -9,6 +9,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -81,17 +82,31 @@ func run(m *testing.M) (code int) {
 		return 1
 	}
 	defer unlock()
+	// Programs that leave scratch files behind leave them here.
+	scratchDir := filepath.Join(dir, "tmp")
+	if err := errors.Join(os.Mkdir(scratchDir, 0o700), os.Setenv("TMPDIR", scratchDir)); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	// What an earlier run left when it was killed is not this run's business.
 	_ = h8s("down", "--name", cluster.cluster)
-	before := hostState()
+	before, err := newHostState(cluster.cluster)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	if !*keepFlag {
 		defer func() {
 			if err := h8s("down", "--name", cluster.cluster); err != nil {
 				fmt.Fprintln(os.Stderr, "h8s down:", err)
 				code = 1
 			}
-			if left := added(before, hostState()); len(left) > 0 {
-				fmt.Fprintf(os.Stderr, "h8s down left something on the host:\n%s\n", strings.Join(left, "\n"))
+			if err := awaitRestored(before, cluster.cluster); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				code = 1
+			}
+			if left, err := os.ReadDir(scratchDir); err != nil || len(left) > 0 {
+				fmt.Fprintln(os.Stderr, "scratch files are left:", left, err)
 				code = 1
 			}
 		}()
@@ -138,42 +153,6 @@ func h8s(args ...string) error {
 	cmd := exec.CommandContext(ctx, filepath.Join(cluster.bin, "h8s"), args...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	return cmd.Run()
-}
-
-// hostState is what `h8s down` must restore: links, network namespaces, mounts
-// and sysctls of the host.
-func hostState() string {
-	var b strings.Builder
-	for _, argv := range [][]string{
-		{"sh", "-c", "ip -br link | cut -d' ' -f1"},
-		{"ls", "/run/netns"},
-		{"sh", "-c", "findmnt -rn -o TARGET | sort"},
-		{"sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv4.(ip_forward|conf.(all|default|eth0))'"},
-		{"sh", "-c", "find /sys/fs/cgroup -maxdepth 2 -type d -name 'h8s*' | sort"},
-		{"sh", "-c", "ls -d /var/lib/h8s/* /run/h8s* 2>/dev/null"},
-	} {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-		out, _ := exec.CommandContext(ctx, argv[0], argv[1:]...).Output()
-		cancel()
-		fmt.Fprintf(&b, "# %s\n%s", strings.Join(argv, " "), out)
-	}
-	return b.String()
-}
-
-// added are the lines of after that before does not have. What is gone is no
-// leftover: other clusters on this machine may come and go.
-func added(before, after string) []string {
-	known := map[string]bool{}
-	for line := range strings.Lines(before) {
-		known[line] = true
-	}
-	var out []string
-	for line := range strings.Lines(after) {
-		if !known[line] {
-			out = append(out, strings.TrimSpace(line))
-		}
-	}
-	return out
 }
 
 // serveOutsideDNS plays the host's resolver, over UDP and TCP. Another run of
