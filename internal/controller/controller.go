@@ -176,6 +176,16 @@ func (o objects) disabled(ctx context.Context) (tenancy.Disabled, error) {
 	return tenancy.NewDisabled(users.Items), nil
 }
 
+// tenantsOf are the Tenants that list the User, for a watch: it cannot fail, and
+// the cache is read from memory.
+func (o objects) tenantsOf(ctx context.Context, user string) []string {
+	var tenants v1alpha1.TenantList
+	if err := o.List(ctx, &tenants); err != nil {
+		return nil
+	}
+	return tenancy.TenantsOf(tenants.Items, user)
+}
+
 // outcome turns a lost race between writers into another try, and leaves other errors.
 func outcome(err error) (reconcile.Result, error) {
 	if apierrors.IsConflict(err) {

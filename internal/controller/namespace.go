@@ -9,6 +9,8 @@ import (
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/selection"
 	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -18,6 +20,9 @@ import (
 	"h8s.io/hypernetes/api/v1alpha1"
 	"h8s.io/hypernetes/internal/tenancy"
 )
+
+// labelServiceProxyName tells kube-proxy that another serves a Service.
+const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
 // namespaceReconciler keeps in each namespace of a tenant what binds it to the
 // tenant: labels, RoleBindings, ResourceQuota.
@@ -38,12 +43,8 @@ func (r *namespaceReconciler) setup(mgr ctrl.Manager) error {
 			return r.namespacesOf(ctx, obj.GetName())
 		})).
 		Watches(&v1alpha1.User{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, obj client.Object) []reconcile.Request {
-			var tenants v1alpha1.TenantList
-			if err := r.List(ctx, &tenants); err != nil {
-				return nil
-			}
 			var requests []reconcile.Request
-			for _, t := range tenancy.TenantsOf(tenants.Items, obj.GetName()) {
+			for _, t := range r.tenantsOf(ctx, obj.GetName()) {
 				requests = append(requests, r.namespacesOf(ctx, t)...)
 			}
 			return requests
@@ -103,6 +104,9 @@ func (r *namespaceReconciler) ensure(ctx context.Context, ns *corev1.Namespace) 
 	if err := r.ensureBindings(ctx, ns.Name, tenancy.RoleBindings(&t, ns.Name, disabled)); err != nil {
 		return err
 	}
+	if err := r.ensureServices(ctx, ns, true); err != nil {
+		return err
+	}
 	if err := r.checkNetwork(ctx, ns, &t); err != nil {
 		return err
 	}
@@ -113,6 +117,9 @@ func (r *namespaceReconciler) ensure(ctx context.Context, ns *corev1.Namespace) 
 func (r *namespaceReconciler) leave(ctx context.Context, ns *corev1.Namespace) error {
 	before := ns.DeepCopy()
 	if tenancy.Strip(&ns.ObjectMeta) {
+		if err := r.ensureServices(ctx, before, false); err != nil {
+			return err
+		}
 		if err := r.Patch(ctx, ns, client.MergeFrom(before)); err != nil {
 			return fmt.Errorf("remove labels: %w", err)
 		}
@@ -141,6 +148,45 @@ func (r *namespaceReconciler) ensureBindings(ctx context.Context, namespace stri
 		}
 		if err := r.write(ctx, &missing[i], known); err != nil {
 			return fmt.Errorf("make the RoleBinding %s: %w", missing[i].Name, err)
+		}
+	}
+	return nil
+}
+
+// ensureServices gives the Services that were there before the namespace became
+// a tenant's to the portals, and those of one that leaves back to kube-proxy.
+// Admission does so for Services that are written while it is a tenant's.
+func (r *namespaceReconciler) ensureServices(ctx context.Context, ns *corev1.Namespace, tenants bool) error {
+	operator := selection.Equals
+	if tenants {
+		operator = selection.NotEquals
+	}
+	others, err := labels.NewRequirement(labelServiceProxyName, operator, []string{v1alpha1.ServiceProxyName})
+	if err != nil {
+		return fmt.Errorf("select Services: %w", err)
+	}
+	var list metav1.PartialObjectMetadataList
+	list.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("ServiceList"))
+	if err := r.live.List(ctx, &list, client.InNamespace(ns.Name), client.MatchingLabelsSelector{Selector: labels.NewSelector().Add(*others)}); err != nil {
+		return fmt.Errorf("list Services of %s: %w", ns.Name, err)
+	}
+	for i := range list.Items {
+		service := &list.Items[i]
+		service.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Service"))
+		before := service.DeepCopy()
+		delete(service.Labels, labelServiceProxyName)
+		if tenants {
+			metav1.SetMetaDataLabel(&service.ObjectMeta, labelServiceProxyName, v1alpha1.ServiceProxyName)
+		}
+		err := r.Patch(ctx, service, client.MergeFrom(before))
+		switch {
+		case apierrors.IsNotFound(err):
+		case tenants && (apierrors.IsInvalid(err) || apierrors.IsForbidden(err)): // trying again would not help
+			r.warn(ns, "ServiceRefused", "the Service %s is served by kube-proxy, outside the tenant's Network: %v", service.Name, err)
+		case err != nil:
+			return fmt.Errorf("label the Service %s: %w", service.Name, err)
+		case !tenants && service.Labels[labelServiceProxyName] != "":
+			return fmt.Errorf("take the label %s off the Service %s: admission does not know yet that the namespace has left its tenant", labelServiceProxyName, service.Name)
 		}
 	}
 	return nil

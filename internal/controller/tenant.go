@@ -40,12 +40,8 @@ func (r *tenantReconciler) setup(mgr ctrl.Manager) error {
 			return []reconcile.Request{request(obj.(*v1alpha1.Network).Spec.Tenant)}
 		})).
 		Watches(&v1alpha1.User{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, obj client.Object) []reconcile.Request {
-			var tenants v1alpha1.TenantList
-			if err := r.List(ctx, &tenants); err != nil {
-				return nil
-			}
 			var requests []reconcile.Request
-			for _, name := range tenancy.TenantsOf(tenants.Items, obj.GetName()) {
+			for _, name := range r.tenantsOf(ctx, obj.GetName()) {
 				requests = append(requests, request(name))
 			}
 			return requests

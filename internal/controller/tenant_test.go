@@ -346,6 +346,75 @@ func TestOperatorNamespace(t *testing.T) {
 	})
 }
 
+// Services that were there before their namespace became a tenant's change hands
+// with it, and come back when it leaves.
+func TestAdoptedServices(t *testing.T) {
+	ctx := t.Context()
+	newTenant(t, tenantOf("adopt", "10.0.0.0/16", member("User", "adopt-alice", v1alpha1.RoleOwner)))
+	ns := namespaceOf("adopt-a", "", nil)
+	if err := cluster.admin.Create(ctx, ns); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), namespaceOf("adopt-a", "", nil)) })
+	for name, externalIPs := range map[string][]string{"plain": nil, "external": {"198.51.100.1"}} {
+		service := &corev1.Service{
+			ObjectMeta: metav1.ObjectMeta{Namespace: ns.Name, Name: name},
+			Spec:       corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 80}}, ExternalIPs: externalIPs},
+		}
+		if err := cluster.admin.Create(ctx, service); err != nil {
+			t.Fatal(err)
+		}
+	}
+	give := func(tenant string) {
+		t.Helper()
+		eventually(t, func() error {
+			if err := cluster.admin.Get(ctx, client.ObjectKeyFromObject(ns), ns); err != nil {
+				return err
+			}
+			ns.Labels[v1alpha1.LabelTenant] = tenant
+			if tenant == "" {
+				delete(ns.Labels, v1alpha1.LabelTenant)
+			}
+			return cluster.admin.Update(ctx, ns)
+		})
+	}
+	servedBy := func(want string) error {
+		var service corev1.Service
+		if err := cluster.admin.Get(ctx, client.ObjectKey{Namespace: ns.Name, Name: "plain"}, &service); err != nil {
+			return err
+		}
+		if got := service.Labels[labelServiceProxyName]; got != want {
+			return fmt.Errorf("the Service is served by %q, want %q", got, want)
+		}
+		return nil
+	}
+
+	give("adopt")
+	eventually(t, func() error { return servedBy(v1alpha1.ServiceProxyName) })
+	eventually(t, func() error {
+		var list corev1.EventList
+		if err := cluster.admin.List(ctx, &list); err != nil {
+			return err
+		}
+		for _, e := range list.Items {
+			if e.InvolvedObject.Name == ns.Name && e.Reason == "ServiceRefused" && strings.Contains(e.Message, "externalIPs") {
+				return nil
+			}
+		}
+		return fmt.Errorf("no event among %d", len(list.Items))
+	})
+	// The one that is refused does not keep the rest from being done.
+	eventually(t, func() error {
+		var bindings rbacv1.RoleBindingList
+		if err := cluster.admin.List(ctx, &bindings, client.InNamespace(ns.Name)); err != nil || len(bindings.Items) == 0 {
+			return fmt.Errorf("%d RoleBindings, %w", len(bindings.Items), err)
+		}
+		return tenantReady(ctx, "adopt")
+	})
+	give("")
+	eventually(t, func() error { return servedBy("") })
+}
+
 // A Tenant that waits for something says for what.
 func TestTenantConditions(t *testing.T) {
 	ctx := t.Context()
