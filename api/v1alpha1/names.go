@@ -19,8 +19,8 @@ const (
 	// AnnotationCreator on a Namespace is the user who made it.
 	AnnotationCreator = "h8s.io/creator"
 	// LabelNodeReady on a Node is "true" once its container runtime asks the node
-	// agent about every pod. The RuntimeClasses select it: on a node that is
-	// still being set up, a tenant's pod would land on the default network.
+	// agent about every pod. Admission makes every tenant's pod select it: on a
+	// node that is still being set up, it would land on the default network.
 	LabelNodeReady = "h8s.io/node-ready"
 	// LabelManagedBy marks objects that the controller made for a Tenant.
 	LabelManagedBy = "app.kubernetes.io/managed-by"

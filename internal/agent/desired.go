@@ -138,8 +138,9 @@ func affinityTimeout(service *corev1.Service) time.Duration {
 // if there is none those that still serve while they terminate; the ones on this
 // node only, if the Service wants that.
 //
-// A tenant may write EndpointSlices, so an address counts only if it lies in the
-// tenant's own Network: a Service is no way out.
+// An address counts only if it lies in the Network: a Service is no way out,
+// whoever wrote the EndpointSlice. (The role that a Tenant's people have only
+// reads them, but an operator may give more.)
 func (s snapshot) endpoints(service *corev1.Service, port corev1.ServicePort, endpoints []*discoveryv1.EndpointSlice) []netip.AddrPort {
 	local := service.Spec.InternalTrafficPolicy != nil && *service.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal
 	ready, terminating := map[netip.AddrPort]bool{}, map[netip.AddrPort]bool{}
