@@ -23,10 +23,14 @@ func kubeconfigPath(user string) string {
 	return filepath.Join(cluster.dir, user+".kubeconfig")
 }
 
-func writeKubeconfig(user string) error {
+// writeKubeconfig gets credentials for a User, who is in the groups as well.
+func writeKubeconfig(user string, groups ...string) error {
 	args := []string{"kubeconfig", "--name", cluster.cluster}
 	if user != admin {
 		args = append(args, "--user", user)
+	}
+	for _, g := range groups {
+		args = append(args, "--group", g)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
