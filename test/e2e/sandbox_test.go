@@ -24,6 +24,7 @@ func TestSandbox(t *testing.T) {
 	t.Run("Update", func(t *testing.T) { testForbiddenUpdates(t, tn) })
 	t.Run("Templates", func(t *testing.T) { testForbiddenTemplates(t, tn) })
 	t.Run("Services", func(t *testing.T) { testForbiddenServices(t, tn) })
+	t.Run("NodeWithoutAgent", func(t *testing.T) { testNodeWithoutAgent(t, tn) })
 }
 
 // dmesgPod is the spec of a pod, in YAML's flow style, each of whose containers prints its kernel's log.
@@ -222,6 +223,7 @@ func testPodAnnotations(t *testing.T, tn tenant) {
 // testForbiddenUpdates changes a pod that was admitted.
 func testForbiddenUpdates(t *testing.T, tn tenant) {
 	const name = "annotated"
+	const notOfPods = "pod updates may not change fields"
 	if got := kubectl(t, tn.owner, "get", "pod", name, "-n", tn.ns, "-o", `jsonpath={.metadata.annotations.h8s\.io/networks}`); got != tn.name {
 		t.Errorf("annotation h8s.io/networks is %q, want %q", got, tn.name)
 	}
@@ -229,11 +231,11 @@ func testForbiddenUpdates(t *testing.T, tn tenant) {
 		"network":       {`{"metadata":{"annotations":{"h8s.io/networks":"other"}}}`, "h8s.io/networks"},
 		"no network":    {`{"metadata":{"annotations":{"h8s.io/networks":null}}}`, "h8s.io/networks"},
 		"mirror":        {`{"metadata":{"annotations":{"kubernetes.io/config.mirror":"x"}}}`, "kubernetes.io/config"},
-		"runtime class": {`{"spec":{"runtimeClassName":"e2e-runc"}}`, "orbidden"},
-		"no sandbox":    {`{"spec":{"runtimeClassName":null}}`, "orbidden"},
-		"host network":  {`{"spec":{"hostNetwork":true}}`, "orbidden"},
-		"privileged":    {`{"spec":{"containers":[{"name":"c","securityContext":{"privileged":true}}]}}`, "orbidden"},
-		"node":          {`{"spec":{"nodeName":"other"}}`, "orbidden"},
+		"runtime class": {`{"spec":{"runtimeClassName":"e2e-runc"}}`, notOfPods},
+		"no sandbox":    {`{"spec":{"runtimeClassName":null}}`, notOfPods},
+		"host network":  {`{"spec":{"hostNetwork":true}}`, notOfPods},
+		"privileged":    {`{"spec":{"containers":[{"name":"c","securityContext":{"privileged":true}}]}}`, notOfPods},
+		"node":          {`{"spec":{"nodeName":"other"}}`, notOfPods},
 	} {
 		t.Run(what, func(t *testing.T) {
 			refused(t, tn.owner, "", test.want, "patch", "pod", name, "-n", tn.ns, "--type=strategic", "-p", test.patch)
@@ -317,4 +319,66 @@ func testForbiddenServices(t *testing.T, tn tenant) {
 	refused(t, tn.owner, `{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: e}, addressType: IPv4, endpoints: [{addresses: [172.30.0.11]}]}`, "cannot create", create...)
 	refused(t, tn.owner, "", "cannot patch", "patch", "service", "ext", "-n", tn.ns, "--subresource=status", "--type=merge", "-p", `{"status":{"loadBalancer":{"ingress":[{"ip":"198.51.100.1"}]}}}`)
 	kubectl(t, tn.owner, "delete", "service", "ext", "-n", tn.ns)
+}
+
+// testNodeWithoutAgent: whatever a tenant's pod selects and tolerates, it does not
+// come to a node without the agent, where it would be on the default network.
+func testNodeWithoutAgent(t *testing.T, tn tenant) {
+	// No kubelet stands behind this one: a pod that is bound to it stays as it is.
+	const node = "e2e-no-agent"
+	apply(t, admin, "{apiVersion: v1, kind: Node, metadata: {name: "+node+", labels: {kubernetes.io/hostname: "+node+"}}}")
+	t.Cleanup(func() {
+		_, _ = try(admin, "delete", "node", node)
+		_, _ = try(admin, "delete", "pods", "-A", "--field-selector=spec.nodeName="+node, "--force", "--grace-period=0")
+	})
+	kubectl(t, admin, "patch", "node", node, "--subresource=status", "--type=merge", "-p", `{"status":{"capacity":{"cpu":"8","memory":"8Gi","pods":"110"},"allocatable":{"cpu":"8","memory":"8Gi","pods":"110"}}}`)
+
+	manifest := func(name, fields string) string {
+		return fmt.Sprintf(`{apiVersion: v1, kind: Pod, metadata: {name: %s}, spec: {tolerations: [{operator: Exists}], %s, containers: [{name: c, image: "localhost/busybox:latest", imagePullPolicy: Never, command: [sleep, "1000"]}]}}`, name, fields)
+	}
+	affinity := func(expression string) string {
+		return "affinity: {nodeAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchExpressions: [" + expression + "]}]}}}"
+	}
+	nodeOf := func(ns, name string) string {
+		return kubectl(t, admin, "get", "pod", name, "-n", ns, "-o", "jsonpath={.spec.nodeName}")
+	}
+	towards := affinity("{key: kubernetes.io/hostname, operator: In, values: [" + node + "]}")
+
+	// An operator's pod goes there: nothing but admission keeps the tenant's away.
+	other := operatorNamespace(t, "sandbox-operator")
+	other.run(t, manifest("towards", towards))
+	eventually(t, 20*time.Second, func() error {
+		if got := nodeOf(other.ns, "towards"); got != node {
+			return fmt.Errorf("the operator's pod is on %q", got)
+		}
+		return nil
+	})
+	kubectl(t, admin, "delete", "pod", "towards", "-n", other.ns, "--force", "--grace-period=0")
+
+	for name, fields := range map[string]string{
+		"towards":   towards,
+		"selector":  "nodeSelector: {kubernetes.io/hostname: " + node + "}",
+		"unlabeled": affinity("{key: h8s.io/node-ready, operator: DoesNotExist}"),
+		"not-ready": affinity(`{key: h8s.io/node-ready, operator: NotIn, values: ["true"]}`),
+	} {
+		t.Run(name, func(t *testing.T) {
+			tn.run(t, manifest(name, fields))
+			eventually(t, 20*time.Second, func() error {
+				why, err := try(tn.owner, "get", "pod", name, "-n", tn.ns, "-o", `jsonpath={.status.conditions[?(@.type=="PodScheduled")].message}`)
+				if err != nil || !strings.Contains(why, "node affinity/selector") {
+					return fmt.Errorf("the pod waits because %q, %w", why, err)
+				}
+				return nil
+			})
+			if got := nodeOf(tn.ns, name); got != "" {
+				t.Errorf("the pod is bound to the node %s", got)
+			}
+		})
+	}
+	// What she says of our label does not count.
+	tn.run(t, manifest("says-no", `nodeSelector: {h8s.io/node-ready: "false"}`))
+	if got := kubectl(t, tn.owner, "get", "pod", "says-no", "-n", tn.ns, "-o", `jsonpath={.spec.nodeSelector}`); got != `{"h8s.io/node-ready":"true"}` {
+		t.Errorf("the nodeSelector is %s", got)
+	}
+	kubectl(t, tn.owner, "delete", "pods", "--all", "-n", tn.ns, "--force", "--grace-period=0")
 }
