@@ -61,8 +61,9 @@ func awaitRestored(before hostState, name string) error {
 }
 
 // counters are the sysctls that the kernel itself writes: how much there is of
-// something, random numbers, and numbers that it gave out last.
-var counters = regexp.MustCompile(`^(fs/(dentry-state|file-nr|inode-nr|inode-state|aio-nr|quota/.*)|kernel/(ns_last_pid|random/.*|pty/nr)|net/netfilter/nf_conntrack_count)$`)
+// something, random numbers, numbers that it gave out last, limits that it lowers
+// when it is busy, and what it noticed.
+var counters = regexp.MustCompile(`^(fs/(dentry-state|file-nr|inode-nr|inode-state|aio-nr|quota/.*)|kernel/(ns_last_pid|random/.*|pty/nr|perf_event_max_sample_rate|tainted|hung_task_detect_count)|net/netfilter/nf_conntrack_count)$`)
 
 // sysctls adds every sysctl of the host.
 func (s hostState) sysctls() error {
