@@ -168,7 +168,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 			shell(t, debug)
 			// Any path, link or table of ours would be printed.
 			eventually(t, 30*time.Second, func() error {
-				left, err := tryNode(n, "ls -d /etc/cni/net.d/*h8s* /opt/cni/bin/*h8s* /run/netns/h8s-* 2>/dev/null; ip -br link | grep h8su; nft list tables | grep h8s; ip route | grep 169.254.77; true")
+				left, err := tryNode(n, `ls -d /etc/cni/net.d/*h8s* /opt/cni/bin/*h8s* /run/netns/h8s-* 2>/dev/null; ip -br link | grep h8su; nft list tables | grep -x "table inet h8s"; ip route | grep 169.254.77; true`)
 				if err != nil || left != "" {
 					return fmt.Errorf("node %s is not clean: %s, %w", n, left, err)
 				}
