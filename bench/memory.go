@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -20,8 +21,9 @@ import (
 const (
 	memoryTenant = "bench-memory"
 	agentProgram = "h8s-node"
-	// settleTime is how long a step's garbage has to go away by itself.
-	settleTime = 20 * time.Second
+	// settleTime is how long a step's garbage has to go away by itself: Go's runtime
+	// collects that of an idle process every two minutes.
+	settleTime = 150 * time.Second
 )
 
 // memory is what a process has, in KB.
@@ -49,8 +51,9 @@ func parseRollup(data string) (memory, error) {
 	return m, nil
 }
 
-// agentMemory reads the memory of a node's agent, after it has had time to settle:
-// the median of some readings.
+// agentMemory reads the memory of a node's agent for as long as it takes to settle,
+// and returns the reading with the least that no file backs: what is above it was
+// garbage.
 func (l *lab) agentMemory(ctx context.Context, n node) (memory, error) {
 	pids, err := processes(l.cgroup(n), isMain(agentProgram))
 	if err != nil {
@@ -61,15 +64,27 @@ func (l *lab) agentMemory(ctx context.Context, n node) (memory, error) {
 	}
 	settled, cancel := context.WithTimeout(ctx, settleTime)
 	defer cancel()
-	<-settled.Done()
-	if err := context.Cause(ctx); err != nil {
-		return memory{}, err
+	tick := time.NewTicker(2 * time.Second)
+	defer tick.Stop()
+	least := memory{anon: math.Inf(1)}
+	for {
+		data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pids[0]), "smaps_rollup"))
+		if err != nil {
+			return memory{}, fmt.Errorf("read the agent's memory: %w", err)
+		}
+		m, err := parseRollup(string(data))
+		if err != nil {
+			return memory{}, err
+		}
+		if m.anon < least.anon {
+			least = m
+		}
+		select {
+		case <-tick.C:
+		case <-settled.Done():
+			return least, context.Cause(ctx)
+		}
 	}
-	data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pids[0]), "smaps_rollup"))
-	if err != nil {
-		return memory{}, fmt.Errorf("read the agent's memory: %w", err)
-	}
-	return parseRollup(string(data))
 }
 
 // restartAgent gives a node a new agent, which has no history.
