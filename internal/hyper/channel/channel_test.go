@@ -1,0 +1,183 @@
+package channel
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/yamux"
+)
+
+func pair(t *testing.T, handlers map[Kind]Handler) *Host {
+	t.Helper()
+	a, b := net.Pipe()
+	host, err := NewHost(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error)
+	go func() { served <- Serve(ctx, b, handlers) }()
+	t.Cleanup(func() {
+		cancel()
+		host.Close()
+		<-served
+	})
+	return host
+}
+
+func echo(string) (func(net.Conn), error) {
+	return func(c net.Conn) {
+		_, _ = io.Copy(c, c)
+		c.Close()
+	}, nil
+}
+
+func TestOpen(t *testing.T) {
+	host := pair(t, map[Kind]Handler{
+		Task: echo,
+		Pipe: func(argument string) (func(net.Conn), error) {
+			if argument == "" {
+				return nil, errors.New("which?")
+			}
+			return func(c net.Conn) {
+				fmt.Fprint(c, argument)
+				c.Close()
+			}, nil
+		},
+	})
+	for name, tt := range map[string]struct {
+		kind     Kind
+		argument string
+		refused  string
+		want     string
+	}{
+		"an argument":     {Pipe, "some/fifo", "", "some/fifo"},
+		"a refusal":       {Pipe, "", "which?", ""},
+		"an unknown kind": {Dial, "80", `no streams of kind 'D'`, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, err := host.Open(t.Context(), tt.kind, tt.argument)
+			var refused *RefusedError
+			if errors.As(err, &refused) {
+				if refused.Reason != tt.refused {
+					t.Errorf("refused: %q, want %q", refused.Reason, tt.refused)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			got, err := io.ReadAll(c)
+			if err != nil || string(got) != tt.want || tt.refused != "" {
+				t.Errorf("got %q, %v; want %q, refusal %q", got, err, tt.want, tt.refused)
+			}
+		})
+	}
+	t.Run("much data at once", func(t *testing.T) {
+		data := make([]byte, 4<<20)
+		_, _ = rand.Read(data)
+		errs := make(chan error)
+		for range 8 {
+			go func() { errs <- roundTrip(t.Context(), host, data) }()
+		}
+		for range 8 {
+			if err := <-errs; err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+func roundTrip(ctx context.Context, host *Host, data []byte) error {
+	c, err := host.Open(ctx, Task, "")
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	go func() { _, _ = c.Write(data) }()
+	got := make([]byte, len(data))
+	if _, err := io.ReadFull(c, got); err != nil {
+		return err
+	}
+	if !bytes.Equal(got, data) {
+		return errors.New("other bytes came back")
+	}
+	return nil
+}
+
+// What a guest may do wrong, and that the host does not wait for it.
+func TestHostileGuest(t *testing.T) {
+	for name, guest := range map[string]func(net.Conn){
+		"garbage":        func(c net.Conn) { _, _ = io.Copy(c, rand.Reader) },
+		"hangs up":       func(c net.Conn) { c.Close() },
+		"opens a stream": func(c net.Conn) { opens(c) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, b := net.Pipe()
+			host, err := NewHost(a)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer host.Close()
+			go guest(b)
+			defer b.Close()
+			select {
+			case <-host.Done():
+			case <-time.After(time.Minute):
+				t.Error("the session goes on")
+			}
+			if _, err := host.Open(t.Context(), Task, ""); err == nil {
+				t.Error("opened a stream")
+			}
+		})
+	}
+	t.Run("never answers", func(t *testing.T) {
+		a, b := net.Pipe()
+		host, err := NewHost(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer host.Close()
+		go func() { _, _ = io.Copy(io.Discard, b) }()
+		defer b.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		if _, err := host.Open(ctx, Task, ""); err == nil {
+			t.Error("opened a stream")
+		}
+	})
+}
+
+// opens is a guest that follows yamux, but not the rule that the host opens streams.
+func opens(c net.Conn) {
+	session, err := yamux.Server(c, config())
+	if err != nil {
+		return
+	}
+	if stream, err := session.OpenStream(); err == nil {
+		_, _ = stream.Write([]byte("hello"))
+	}
+	<-session.CloseChan()
+}
+
+func FuzzReadFrame(f *testing.F) {
+	f.Add([]byte{'T', 0, 1, 'x'})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		head, text, err := readFrame(bytes.NewReader(data))
+		if err != nil {
+			return
+		}
+		var out bytes.Buffer
+		if err := writeFrame(&out, head, text); err != nil || !bytes.HasPrefix(data, out.Bytes()) {
+			t.Errorf("%q became %q", data, out.Bytes())
+		}
+	})
+}

@@ -1,0 +1,115 @@
+// Package guestapi is what the host's side of a virtual machine asks of the guest
+// beyond containerd's Task service: HTTP with JSON over channel.Control streams,
+// one request at a time on each, keep-alive allowed.
+//
+//	POST   /v1/setup                 Setup: name, clock, entropy, network; once, right after boot or clone
+//	PUT    /v1/disks/{serial}        Disk: wait until the disk is there and mount it; idempotent
+//	DELETE /v1/disks/{serial}        unmount, so that the host may take the disk away
+//	PUT    /v1/containers/{id}       Container: make the bundle and its root; idempotent
+//	DELETE /v1/containers/{id}       remove them
+//	PUT    /v1/volumes/{name}        a tar archive: the volume's content from now on (see Volume)
+//	GET    /v1/files?path=P          a file's content, of at most MaxFile bytes: termination messages
+//	GET    /v1/events                a line of JSON (Event) for each event, until the stream ends
+//	POST   /v1/shutdown              sync, and power off
+//
+// Errors are answered as text with a status of 4xx (the host's fault) or 5xx.
+package guestapi
+
+import (
+	"encoding/json"
+	"net/netip"
+	"time"
+)
+
+// Where things are in the guest. The directories exist when the guest answers.
+const (
+	// BundleDir holds an OCI bundle for each container: config.json and rootfs.
+	BundleDir = "/run/h8s/containers"
+	// VolumeDir holds a directory, or a file, for each volume.
+	VolumeDir = "/run/h8s/volumes"
+	// DiskDir holds a mount point for each disk that was mounted, by its serial.
+	DiskDir = "/run/h8s/disks"
+	// PipeDir holds FIFOs: channel.Pipe streams name them by a path below it.
+	PipeDir = "/run/h8s/pipes"
+	// Runtime is the OCI runtime that the Task service runs.
+	Runtime = "/sbin/runc"
+)
+
+// MaxFile is the most that a GET of a file returns.
+const MaxFile = 1 << 20
+
+// Port is the name of the virtio-serial port that carries the channel.
+const Port = "h8s.channel"
+
+// Setup makes a freshly booted or cloned guest this pod's.
+type Setup struct {
+	Hostname  string `json:"hostname"`
+	MachineID string `json:"machineID"` // 32 hexadecimal digits
+	// Time is the host's clock, and Entropy fresh bytes of its random source: clones
+	// of one template would otherwise draw the same numbers.
+	Time    time.Time         `json:"time"`
+	Entropy []byte            `json:"entropy"`
+	Sysctls map[string]string `json:"sysctls,omitempty"` // in the form net.core.somaxconn
+	// Links are the pod's interfaces, as its network namespace on the host has them.
+	Links []Link `json:"links"`
+}
+
+// Link is one interface, found in the guest by its hardware address, or, in a clone
+// whose card still has the template's, by being the only card: then the address is
+// set.
+type Link struct {
+	Name         string         `json:"name"`
+	HardwareAddr string         `json:"hardwareAddr"`
+	MTU          int            `json:"mtu"`
+	Addresses    []netip.Prefix `json:"addresses"`
+	Routes       []Route        `json:"routes"`
+	Neighbours   []Neighbour    `json:"neighbours"`
+}
+
+// Route is one route of a Link; its Gateway may be invalid (none), and may be off
+// link (flag onlink).
+type Route struct {
+	Destination netip.Prefix `json:"destination"`
+	Gateway     netip.Addr   `json:"gateway"`
+	OnLink      bool         `json:"onLink,omitempty"`
+	ScopeLink   bool         `json:"scopeLink,omitempty"`
+}
+
+// Neighbour is a permanent neighbour entry.
+type Neighbour struct {
+	Address      netip.Addr `json:"address"`
+	HardwareAddr string     `json:"hardwareAddr"`
+}
+
+// Disk says how a disk, which the guest knows by its SCSI serial number, is mounted
+// at DiskDir/serial.
+type Disk struct {
+	// FileSystem is erofs, ext4 or xfs; empty: the disk is not mounted, and
+	// DiskDir/serial is a symbolic link to its device node.
+	FileSystem string   `json:"fileSystem,omitempty"`
+	ReadOnly   bool     `json:"readOnly,omitempty"`
+	Options    []string `json:"options,omitempty"`
+}
+
+// Container is an OCI bundle.
+type Container struct {
+	// Spec is the OCI runtime specification, with paths of the guest; its root.path is
+	// set by the guest.
+	Spec json.RawMessage `json:"spec"`
+	// Layers are the serials of the disks that make its root, the lowest first. Above
+	// them is an overlay whose writes stay in the guest's memory.
+	Layers []string `json:"layers"`
+}
+
+// A volume's archive (PUT /v1/volumes/{name}) holds either a tree, or one regular
+// file with the name "." for a volume that is a file. Applying it is what kubelet's
+// AtomicWriter does: new directories and files first, each complete before it gets
+// its name, then symbolic links, each replaced by a rename, then what the archive
+// does not name is removed. A file volume's content is written in place, as the
+// containers' bind mounts keep the inode.
+
+// Event is what happened in the guest without being asked for.
+type Event struct {
+	// OOM is the ID of a container one of whose processes the kernel killed for want of memory.
+	OOM string `json:"oom,omitempty"`
+}
