@@ -21,6 +21,9 @@ UPSTREAM := etcd $(KUBE) agnhost $(CONTAINERD) runsc containerd-shim-runsc-v1 ru
 OURS := h8s h8s-controller h8s-node h8s-cni
 IMAGES := pause busybox agnhost h8s
 
+PACKAGES := gcc libc6-dev libseccomp-dev pkg-config nftables iproute2 kmod procps util-linux mount busybox-static conntrack ca-certificates
+HYPER_PACKAGES := qemu-system-x86 qemu-utils erofs-utils binutils
+
 # What our programs are made from. VERSION is in them, and therefore in a file that
 # changes with it.
 SOURCES := go.mod go.sum $(shell find api cmd internal -type f ! -name '*_test.go')
@@ -32,14 +35,14 @@ DPKG := $(wildcard /var/lib/dpkg/status)
 step = @./build/step.sh '$(1)' '$(BIN)/log/$(subst /,-,$(subst $() $(),-,$(1))).log' "$(2)"
 gobuild = CGO_ENABLED=0 go build -buildvcs=false -trimpath
 
-.PHONY: build up down test bench lint generate deps upstream ours images clean
+.PHONY: build up down test test-hyper bench lint generate deps upstream ours hyper images clean
 
 build: deps upstream ours images ## everything, into bin/
 
 deps: $(BIN)/.deps ## Debian packages that are not there yet
 
 $(BIN)/.deps: build/deps.sh $(DPKG)
-	@./build/deps.sh '$(BIN)/log/install-packages.log'
+	@./build/deps.sh '$(BIN)/log/install-packages.log' $(PACKAGES)
 	@mkdir -p $(BIN) && touch $@
 
 upstream: $(addprefix $(BIN)/,$(UPSTREAM))
@@ -94,6 +97,26 @@ images: $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) ## container ima
 $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) &: $(filter-out %_test.go,$(wildcard images/*.go images/pause/*)) go.mod $(DPKG) $(BIN)/.deps $(BIN)/agnhost $(addprefix $(BIN)/,$(OURS))
 	$(call step,build images,go run ./images --bin $(BIN) --out $(BIN)/images $(IMAGES) && touch $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))))
 
+# The VM sandbox, which is no part of a cluster yet. Its guest has no dynamic loader:
+# both of its programs must be static.
+hyper: $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img ## what a pod's virtual machine needs, into bin/ and bin/hyper/
+
+$(BIN)/.hyper-deps: build/deps.sh $(DPKG) | $(BIN)/.deps
+	@./build/deps.sh '$(BIN)/log/install-hyper-packages.log' $(HYPER_PACKAGES)
+	@mkdir -p $(BIN) && touch $@
+
+$(BIN)/hyper/runc: upstream/runc/go.mod | $(BIN)/.hyper-deps
+	$(call step,build hyper/runc,cd upstream/runc && CGO_ENABLED=1 go build -buildvcs=false -trimpath -tags 'seccomp netgo osusergo' -ldflags '-s -w -extldflags -static' -o $@ github.com/opencontainers/runc)
+
+$(BIN)/hyper/hyperinit: $(SOURCES)
+	$(call step,build hyper/hyperinit,$(gobuild) -ldflags '-s -w' -o $@ ./cmd/hyperinit && touch $@)
+
+$(BIN)/hyper/initrd.img: $(BIN)/hyper/runc $(BIN)/hyper/hyperinit $(wildcard images/guest/*.go) | $(BIN)/.hyper-deps
+	$(call step,build hyper/initrd.img,go run ./images/guest -out $(BIN)/hyper && touch $@)
+
+$(BIN)/containerd-shim-hyper-v1: $(SOURCES)
+	$(call step,build containerd-shim-hyper-v1,$(gobuild) -ldflags '-s -w' -o $@ ./cmd/containerd-shim-hyper-v1 && touch $@)
+
 up: build ## a two-node cluster with two demo tenants
 	@$(BIN)/h8s up --name $(NAME) --nodes $(NODES) --demo
 
@@ -102,6 +125,9 @@ down: ## removes the cluster and everything it made
 
 test: build $(BIN)/golangci-lint ## everything: generated code, lint, unit, kernel, cluster
 	@go run ./test/runner
+
+test-hyper: build hyper ## the VM sandbox, by containerd's CRI and real virtual machines
+	@go run ./test/runner -only hyper
 
 bench: build ## measurements side by side with what a user would pick instead
 	@go run ./bench

@@ -7,9 +7,17 @@
 //	DELETE /v1/disks/{serial}        unmount, so that the host may take the disk away
 //	PUT    /v1/containers/{id}       Container: make the bundle and its root; idempotent
 //	DELETE /v1/containers/{id}       remove them
-//	PUT    /v1/volumes/{name}        a tar archive: the volume's content from now on (see Volume)
-//	GET    /v1/files?path=P          a file's content, of at most MaxFile bytes: termination messages
-//	GET    /v1/events                a line of JSON (Event) for each event, until the stream ends
+//	PUT    /v1/volumes/{name}        a tar archive: the volume's content from now on (see below)
+//	PUT    /v1/volumes/{name}?scratch=SIZE
+//	                                 make a volume that begins empty and is the containers', of SIZE
+//	                                 bytes at most (none: as much as there is); the archive may hold an
+//	                                 entry for its root; idempotent: what is there stays
+//	PATCH  /v1/volumes/{name}        a tar archive of directories: each is made where nothing is yet (subPath)
+//	DELETE /v1/volumes/{name}        remove it; idempotent
+//	GET    /v1/files?path=P          a regular file's last MaxFile bytes: termination messages
+//	GET    /v1/events                a line of JSON (Event) for each event, past and to come, until the
+//	                                 stream ends; ?follow=false: the past ones only. What ended a
+//	                                 container is among them before the Task service's Wait answers
 //	POST   /v1/shutdown              sync, and power off
 //
 // Errors are answered as text with a status of 4xx (the host's fault) or 5xx.
@@ -29,9 +37,16 @@ const (
 	VolumeDir = "/run/h8s/volumes"
 	// DiskDir holds a mount point for each disk that was mounted, by its serial.
 	DiskDir = "/run/h8s/disks"
-	// PipeDir holds FIFOs: channel.Pipe streams name them by a path below it.
+	// PipeDir holds FIFOs: a channel.Pipe stream names one by a path below it, then ":r"
+	// if the host reads what a container writes, or ":w" if the host writes. It is made
+	// when the stream is opened, which has to come before the process that uses it, and is
+	// removed with the stream. The end of a ":r" stream is that of its last writer; when the host
+	// closes it before, the rest is thrown away. When the host closes a ":w" stream,
+	// the reader sees the end after all data, once the Task service's CloseIO was
+	// called too; when the guest closes it, nobody reads any more.
 	PipeDir = "/run/h8s/pipes"
-	// Runtime is the OCI runtime that the Task service runs.
+	// Runtime is the OCI runtime that the Task service runs. Create's bundle, root file
+	// systems and options are the guest's to choose: what the host says of them is ignored.
 	Runtime = "/sbin/runc"
 )
 
@@ -93,8 +108,8 @@ type Disk struct {
 
 // Container is an OCI bundle.
 type Container struct {
-	// Spec is the OCI runtime specification, with paths of the guest; its root.path is
-	// set by the guest.
+	// Spec is the OCI runtime specification, with paths of the guest, which sets root.path
+	// and linux.cgroupsPath itself.
 	Spec json.RawMessage `json:"spec"`
 	// Layers are the serials of the disks that make its root, the lowest first. Above
 	// them is an overlay whose writes stay in the guest's memory.

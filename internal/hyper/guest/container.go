@@ -1,0 +1,192 @@
+//go:build linux
+
+package guest
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"h8s.io/hypernetes/internal/hyper/guestapi"
+)
+
+// layersLink leads to guestapi.DiskDir.
+const layersLink = "/l"
+
+// containers are the bundles.
+type containers struct {
+	dir, layers string
+
+	mu sync.Mutex
+}
+
+func newContainers(dir, layers string) *containers {
+	return &containers{dir: dir, layers: layers}
+}
+
+// make makes a bundle with its root. It is idempotent; a bundle that is there stays as
+// it is.
+func (c *containers) make(id string, container guestapi.Container) (err error) {
+	if err := checkName("container", id); err != nil {
+		return err
+	}
+	if len(container.Layers) == 0 {
+		return badRequest("container %s has no layers", id)
+	}
+	bundle := filepath.Join(c.dir, id)
+	config, err := guestSpec(container.Spec, id)
+	if err != nil {
+		return badRequest("container %s: specification: %w", id, err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// It is the last to be written.
+	if _, err := os.Stat(filepath.Join(bundle, "config.json")); err == nil {
+		return nil
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("container %s: %w", id, err), c.clear(bundle))
+		}
+	}()
+	root, writes := filepath.Join(bundle, "rootfs"), filepath.Join(bundle, "writes")
+	for _, dir := range []string{bundle, root, writes} {
+		if err := os.Mkdir(dir, 0o711); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	// What is written is in the memory of the container that writes, and dies with it.
+	if err := unix.Mount("writes", writes, "tmpfs", 0, "mode=0755"); err != nil {
+		return fmt.Errorf("mount %s: %w", writes, err)
+	}
+	var lower []string
+	for _, l := range slices.Backward(container.Layers) {
+		if err := checkName("layer", l); err != nil {
+			return err
+		}
+		if _, err := os.Stat(filepath.Join(c.layers, l)); err != nil {
+			return badRequest("layer %s is not mounted", l)
+		}
+		lower = append(lower, filepath.Join(layersLink, l))
+	}
+	upper, work := filepath.Join(writes, "upper"), filepath.Join(writes, "work")
+	for _, dir := range []string{upper, work} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	// overlayfs shows the upper directory's attributes as the root's.
+	if err := copyAttributes(filepath.Join(c.layers, container.Layers[len(container.Layers)-1]), upper); err != nil {
+		return err
+	}
+	options := "lowerdir=" + strings.Join(lower, ":") + ",upperdir=" + upper + ",workdir=" + work
+	if len(options) >= os.Getpagesize() {
+		return badRequest("%d layers are too many", len(lower))
+	}
+	if err := unix.Mount("overlay", root, "overlay", 0, options); err != nil {
+		return fmt.Errorf("mount %s: %w", root, err)
+	}
+	staged := filepath.Join(bundle, ".config.json")
+	if err := os.WriteFile(staged, config, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(staged, filepath.Join(bundle, "config.json"))
+}
+
+// remove removes a bundle and its root. It is idempotent.
+func (c *containers) remove(id string) error {
+	if err := checkName("container", id); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.clear(filepath.Join(c.dir, id)); err != nil {
+		return fmt.Errorf("container %s: %w", id, err)
+	}
+	return nil
+}
+
+func (c *containers) clear(bundle string) error {
+	for _, name := range []string{"rootfs", "writes"} {
+		target := filepath.Join(bundle, name)
+		for {
+			err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+			if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+				break // nothing is mounted there (any more)
+			}
+			if err != nil {
+				return fmt.Errorf("unmount %s: %w", target, err)
+			}
+		}
+	}
+	return os.RemoveAll(bundle)
+}
+
+func copyAttributes(from, to string) error {
+	info, err := os.Stat(from)
+	if err != nil {
+		return err
+	}
+	stat := info.Sys().(*syscall.Stat_t)
+	if err := os.Chown(to, int(stat.Uid), int(stat.Gid)); err != nil {
+		return err
+	}
+	return unix.Chmod(to, stat.Mode&0o7777)
+}
+
+// guestSpec is the host's specification with what is the guest's to say: where the
+// root is, and a cgroup below the one that leaves PID 1 its share. What it does not
+// know it keeps.
+func guestSpec(raw []byte, id string) ([]byte, error) {
+	var spec map[string]any
+	d := json.NewDecoder(bytes.NewReader(raw))
+	d.UseNumber()
+	if err := d.Decode(&spec); err != nil {
+		return nil, err
+	}
+	root, err := object(spec, "root")
+	if err != nil {
+		return nil, err
+	}
+	root["path"] = "rootfs"
+	linux, err := object(spec, "linux")
+	if err != nil {
+		return nil, err
+	}
+	linux["cgroupsPath"] = "/" + podCgroup + "/" + id
+	process, err := object(spec, "process")
+	if err != nil {
+		return nil, err
+	}
+	// Without one it would have PID 1's.
+	if _, ok := process["oomScoreAdj"]; !ok {
+		process["oomScoreAdj"] = 0
+	}
+	return json.Marshal(spec)
+}
+
+// object returns the object parent[name], made if it is not there.
+func object(parent map[string]any, name string) (map[string]any, error) {
+	switch v := parent[name].(type) {
+	case nil:
+		child := map[string]any{}
+		if parent == nil {
+			return nil, errors.New("it is no object")
+		}
+		parent[name] = child
+		return child, nil
+	case map[string]any:
+		return v, nil
+	}
+	return nil, fmt.Errorf("%s is no object", name)
+}

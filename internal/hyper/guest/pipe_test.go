@@ -1,0 +1,233 @@
+//go:build linux
+
+package guest
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"h8s.io/hypernetes/internal/hyper/channel"
+)
+
+// connect makes a channel with the given handlers on its guest's end.
+func connect(t *testing.T, handlers map[channel.Kind]channel.Handler) *channel.Host {
+	t.Helper()
+	ours, theirs := net.Pipe()
+	var done sync.WaitGroup
+	done.Go(func() {
+		// It ends with the test's end.
+		_ = channel.Serve(t.Context(), theirs, handlers)
+	})
+	host, err := channel.NewHost(ours)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		host.Close()
+		done.Wait()
+	})
+	return host
+}
+
+func openStream(t *testing.T, host *channel.Host, kind channel.Kind, argument string) net.Conn {
+	t.Helper()
+	stream, err := host.Open(t.Context(), kind, argument)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	return stream
+}
+
+func randomBytes(n int) []byte {
+	data := make([]byte, n)
+	random := rand.NewChaCha8([32]byte{byte(n)})
+	// It never fails.
+	_, _ = random.Read(data)
+	return data
+}
+
+// awaitGone waits until a file is no more.
+func awaitGone(t *testing.T, path string) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s is still there", path)
+		}
+	}
+}
+
+func TestPipeRead(t *testing.T) {
+	for name, size := range map[string]int{"nothing": 0, "a little": 10, "much": 100 << 20} {
+		t.Run(name, func(t *testing.T) {
+			p := &pipes{dir: t.TempDir()}
+			host := connect(t, map[channel.Kind]channel.Handler{channel.Pipe: p.handle})
+			stream := openStream(t, host, channel.Pipe, "c/stdout:r")
+			path := filepath.Join(p.dir, "c/stdout")
+			data := randomBytes(size)
+			go func() {
+				// As fast as it can: nothing may be lost of a writer that is gone at once.
+				if f, err := os.OpenFile(path, os.O_WRONLY, 0); err == nil {
+					_, _ = f.Write(data)
+					f.Close()
+				}
+			}()
+			got, err := io.ReadAll(stream)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, data) {
+				t.Errorf("%d bytes came, and not the %d that were sent", len(got), len(data))
+			}
+			awaitGone(t, path)
+		})
+	}
+}
+
+// TestPipeReadGivenUp: the container does not block when the host stops to read.
+func TestPipeReadGivenUp(t *testing.T) {
+	p := &pipes{dir: t.TempDir()}
+	host := connect(t, map[channel.Kind]channel.Handler{channel.Pipe: p.handle})
+	stream := openStream(t, host, channel.Pipe, "stdout:r")
+	path := filepath.Join(p.dir, "stdout")
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	stream.Close()
+	if _, err := f.Write(make([]byte, 4<<20)); err != nil {
+		t.Errorf("write what nobody reads: %v", err)
+	}
+	f.Close()
+	awaitGone(t, path)
+}
+
+func TestPipeWrite(t *testing.T) {
+	for name, size := range map[string]int{"nothing": 0, "a little": 10, "much": 100 << 20} {
+		t.Run(name, func(t *testing.T) {
+			p := &pipes{dir: t.TempDir()}
+			host := connect(t, map[channel.Kind]channel.Handler{channel.Pipe: p.handle})
+			stream := openStream(t, host, channel.Pipe, "stdin:w")
+			path := filepath.Join(p.dir, "stdin")
+			data := randomBytes(size)
+			go func() {
+				_, _ = stream.Write(data)
+				stream.Close()
+			}()
+			got, err := os.ReadFile(path) // to the end
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, data) {
+				t.Errorf("%d bytes came, and not the %d that were sent", len(got), len(data))
+			}
+			awaitGone(t, path)
+		})
+	}
+}
+
+// TestPipeWriteUnread: the host learns that the reader is gone.
+func TestPipeWriteUnread(t *testing.T) {
+	p := &pipes{dir: t.TempDir()}
+	host := connect(t, map[channel.Kind]channel.Handler{channel.Pipe: p.handle})
+	stream := openStream(t, host, channel.Pipe, "stdin:w")
+	path := filepath.Join(p.dir, "stdin")
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if _, err := stream.Write(make([]byte, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("read: %v, want the end", err)
+	}
+	awaitGone(t, path)
+}
+
+// TestOpenWriterGivesUp: no thread waits forever for a reader.
+func TestOpenWriterGivesUp(t *testing.T) {
+	p := &pipes{dir: t.TempDir()}
+	if _, err := p.handle("stdin:w"); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := openWriter(filepath.Join(p.dir, "stdin"), time.Millisecond); err == nil {
+		f.Close()
+	}
+}
+
+func TestPipeRefused(t *testing.T) {
+	p := &pipes{dir: t.TempDir()}
+	for _, argument := range []string{"", "stdout", "stdout:x", "../stdout:r", "/stdout:r", ":r", ".:r", "a/../../b:w"} {
+		if _, err := p.handle(argument); !errors.As(err, new(badRequestError)) {
+			t.Errorf("%q: %v", argument, err)
+		}
+	}
+}
+
+func TestDial(t *testing.T) {
+	for _, address := range []string{"127.0.0.1:0", "[::1]:0"} {
+		t.Run(address, func(t *testing.T) {
+			listener, err := net.Listen("tcp", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var done sync.WaitGroup
+			done.Go(func() {
+				for {
+					c, err := listener.Accept()
+					if err != nil {
+						return
+					}
+					// All of it comes before any goes back.
+					data, _ := io.ReadAll(c)
+					_, _ = c.Write(data)
+					c.Close()
+				}
+			})
+			_, port, err := net.SplitHostPort(listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			host := connect(t, map[channel.Kind]channel.Handler{channel.Dial: dialLoopback})
+			stream := openStream(t, host, channel.Dial, port)
+			data := randomBytes(3 << 20)
+			if _, err := stream.Write(data); err != nil {
+				t.Fatal(err)
+			}
+			stream.Close() // our direction's end
+			got, err := io.ReadAll(stream)
+			if err != nil || !bytes.Equal(got, data) {
+				t.Errorf("%d bytes came back of %d (%v)", len(got), len(data), err)
+			}
+			listener.Close()
+			done.Wait()
+			if _, err := host.Open(t.Context(), channel.Dial, port); !errors.As(err, new(*channel.RefusedError)) {
+				t.Errorf("a port where nobody listens any more: %v", err)
+			}
+		})
+	}
+	for _, argument := range []string{"", "0", "-1", "65536", "http", "127.0.0.1:80"} {
+		if _, err := dialLoopback(argument); !errors.As(err, new(badRequestError)) {
+			t.Errorf("%q: %v", argument, err)
+		}
+	}
+}

@@ -1,0 +1,112 @@
+//go:build linux
+
+package guest
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/api/events"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/task"
+	eventing "github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/shutdown"
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"h8s.io/hypernetes/internal/hyper/guestapi"
+)
+
+// namespace is containerd's, of which a guest needs one. runc keeps its state under
+// it in /run/containerd/runc.
+const namespace = "h8s"
+
+// newTasks serves containerd's Task service to all streams that its handle is given.
+func newTasks(ctx context.Context, e *eventLog) (*streams, error) {
+	ctx, sd := shutdown.WithShutdown(namespaces.WithNamespace(ctx, namespace))
+	inner, err := task.NewTaskService(ctx, publisher{e}, sd)
+	if err != nil {
+		return nil, fmt.Errorf("task service: %w", err)
+	}
+	server, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(
+		func(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
+			return method(namespaces.WithNamespace(ctx, namespace), unmarshal)
+		}))
+	if err != nil {
+		return nil, fmt.Errorf("task service: %w", err)
+	}
+	taskapi.RegisterTTRPCTaskService(server, &tasks{TTRPCTaskService: inner, events: e})
+	listener := newStreams()
+	go func() {
+		// It ends with the listener, which nobody closes.
+		if err := server.Serve(ctx, listener); err != nil {
+			fmt.Fprintln(os.Stderr, "hyperinit: task service:", err)
+		}
+	}()
+	return listener, nil
+}
+
+// tasks is containerd's service less what only a host has.
+type tasks struct {
+	taskapi.TTRPCTaskService
+	events *eventLog
+}
+
+// Create makes a container from the bundle that PUT /v1/containers made. The host's
+// paths and options mean nothing here.
+func (t *tasks) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*taskapi.CreateTaskResponse, error) {
+	r.Bundle = filepath.Join(guestapi.BundleDir, filepath.Base(r.ID))
+	r.Rootfs, r.Options = nil, nil
+	return t.TTRPCTaskService.Create(ctx, r)
+}
+
+// Wait answers when the process has ended, and, if it was its container's first one
+// and the kernel had killed in it for want of memory, after that was told as an Event.
+func (t *tasks) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.WaitResponse, error) {
+	w, err := t.TTRPCTaskService.Wait(ctx, r)
+	if err == nil && r.ExecID == "" && killedForMemory(filepath.Join(cgroupRoot, podCgroup, filepath.Base(r.ID))) {
+		t.events.add(guestapi.Event{OOM: r.ID})
+	}
+	return w, err
+}
+
+// Shutdown does nothing: the machine ends by POST /v1/shutdown.
+func (t *tasks) Shutdown(context.Context, *taskapi.ShutdownRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, nil
+}
+
+// killedForMemory reports whether memory.events of a cgroup counts a kill. A cgroup
+// that is gone, or cannot be read, counts none.
+func killedForMemory(cgroup string) bool {
+	f, err := os.Open(filepath.Join(cgroup, "memory.events"))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if n, ok := strings.CutPrefix(lines.Text(), "oom_kill "); ok {
+			return n != "0"
+		}
+	}
+	return false
+}
+
+// publisher turns the Task service's events of memory into ours, and drops the others:
+// the host knows what it asked for, and waits for exits.
+type publisher struct{ events *eventLog }
+
+// Publish implements containerd's events.Publisher.
+func (p publisher) Publish(_ context.Context, _ string, event eventing.Event) error {
+	if oom, ok := event.(*events.TaskOOM); ok {
+		p.events.add(guestapi.Event{OOM: oom.ContainerID})
+	}
+	return nil
+}
+
+// Close implements io.Closer.
+func (publisher) Close() error { return nil }

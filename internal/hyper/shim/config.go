@@ -1,0 +1,72 @@
+package shim
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"sigs.k8s.io/yaml"
+)
+
+// Config is what a node's operator can set, in the YAML file that the option ConfigPath
+// of containerd's runtime names (default: DefaultConfigPath, which need not exist).
+type Config struct {
+	// Kernel and Initrd are the guest's (default: hyper/vmlinuz and hyper/initrd.img
+	// beside the shim).
+	Kernel string `json:"kernel,omitempty"`
+	Initrd string `json:"initrd,omitempty"`
+	// Accel is kvm or tcg (default: kvm where it really boots a guest).
+	Accel string `json:"accel,omitempty"`
+	// CacheDir holds the images of container layers (default: /var/lib/h8s/hyper).
+	CacheDir string `json:"cacheDir,omitempty"`
+	// RunDir holds a directory for each running machine. Its path is short, for the
+	// sockets in it (default: /run/h8s/hyper).
+	RunDir string `json:"runDir,omitempty"`
+	// KubeletDir is the kubelet's root directory (default: /var/lib/kubelet). A bind mount
+	// from elsewhere is somebody's hostPath, and refused.
+	KubeletDir string `json:"kubeletDir,omitempty"`
+}
+
+// DefaultConfigPath is where the configuration is looked for when containerd's
+// configuration does not name a file.
+const DefaultConfigPath = "/etc/h8s/hyper.yaml"
+
+// LoadConfig reads the configuration and fills in the defaults. Without a path it
+// reads DefaultConfigPath, if that is there.
+func LoadConfig(path string) (Config, error) {
+	var c Config
+	text, err := os.ReadFile(orDefault(path, DefaultConfigPath))
+	switch {
+	case path == "" && errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return c, fmt.Errorf("configuration of the hyper runtime: %w", err)
+	default:
+		if err := yaml.UnmarshalStrict(text, &c); err != nil {
+			return c, fmt.Errorf("configuration of the hyper runtime: %s: %w", orDefault(path, DefaultConfigPath), err)
+		}
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return c, err
+	}
+	images := filepath.Join(filepath.Dir(self), "hyper")
+	c.Kernel = orDefault(c.Kernel, filepath.Join(images, "vmlinuz"))
+	c.Initrd = orDefault(c.Initrd, filepath.Join(images, "initrd.img"))
+	c.CacheDir = orDefault(c.CacheDir, "/var/lib/h8s/hyper")
+	c.RunDir = orDefault(c.RunDir, "/run/h8s/hyper")
+	c.KubeletDir = orDefault(c.KubeletDir, "/var/lib/kubelet")
+	// containerd resolves the symbolic links of what it mounts.
+	if resolved, err := filepath.EvalSymlinks(c.KubeletDir); err == nil {
+		c.KubeletDir = resolved
+	}
+	return c, nil
+}
+
+func orDefault(value, otherwise string) string {
+	if value == "" {
+		return otherwise
+	}
+	return value
+}

@@ -1,0 +1,130 @@
+package shim
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	task "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/ttrpc"
+
+	"h8s.io/hypernetes/internal/hyper/channel"
+	"h8s.io/hypernetes/internal/hyper/guestapi"
+)
+
+const (
+	// callTimeout bounds what a guest does at once unless it hangs.
+	callTimeout = 10 * time.Second
+	// maxMessage is how much of a refusal is read.
+	maxMessage = 4 << 10
+)
+
+// guest is the inside of a virtual machine. What it says is not trusted: answers are
+// bounded in size, and in time.
+type guest struct {
+	channel *channel.Host
+	http    *http.Client
+	ttrpc   *ttrpc.Client
+	tasks   task.TTRPCTaskService
+}
+
+// connect returns when the guest serves the channel.
+func connect(ctx context.Context, ch *channel.Host) (*guest, error) {
+	conn, err := ch.Open(ctx, channel.Task, "")
+	if err != nil {
+		return nil, err
+	}
+	client := ttrpc.NewClient(conn)
+	return &guest{
+		channel: ch,
+		http: &http.Client{Transport: &http.Transport{
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return ch.Open(ctx, channel.Control, "")
+			},
+			MaxIdleConnsPerHost:    2,
+			MaxResponseHeaderBytes: 16 << 10,
+			DisableCompression:     true,
+		}},
+		ttrpc: client,
+		tasks: task.NewTTRPCTaskClient(client),
+	}, nil
+}
+
+func (g *guest) close() {
+	_ = g.ttrpc.Close()
+	g.http.CloseIdleConnections()
+}
+
+// call makes a request with a JSON body.
+func (g *guest) call(ctx context.Context, method, path string, in any) error {
+	body, err := json.Marshal(in)
+	if err != nil {
+		return err
+	}
+	return g.send(ctx, method, path, bytes.NewReader(body))
+}
+
+func (g *guest) send(ctx context.Context, method, path string, body io.Reader) error {
+	response, err := g.do(ctx, method, path, body)
+	if err != nil {
+		return err
+	}
+	return response.Body.Close()
+}
+
+// do returns an answer that is not a refusal. The caller closes its body.
+func (g *guest) do(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
+	request, err := http.NewRequestWithContext(ctx, method, "http://guest"+path, body)
+	if err != nil {
+		return nil, err
+	}
+	response, err := g.http.Do(request)
+	if err != nil {
+		return nil, fmt.Errorf("ask the guest: %w", err)
+	}
+	if response.StatusCode >= http.StatusBadRequest {
+		defer response.Body.Close()
+		text, _ := io.ReadAll(io.LimitReader(response.Body, maxMessage))
+		return nil, fmt.Errorf("the guest answers %s %s with %d: %s", method, path, response.StatusCode, strings.TrimSpace(string(text)))
+	}
+	return response, nil
+}
+
+// readFile reads a file of the guest.
+func (g *guest) readFile(ctx context.Context, path string) ([]byte, error) {
+	response, err := g.do(ctx, http.MethodGet, "/v1/files?path="+url.QueryEscape(path), nil)
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close()
+	return io.ReadAll(io.LimitReader(response.Body, guestapi.MaxFile))
+}
+
+// events calls f for each event until the guest ends the stream or ctx is done.
+func (g *guest) events(ctx context.Context, f func(guestapi.Event)) error {
+	response, err := g.do(ctx, http.MethodGet, "/v1/events", nil)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	// A decoder would keep a line of any length.
+	lines := newLineReader(response.Body, maxMessage)
+	for {
+		line, err := lines.next()
+		if err != nil {
+			return err
+		}
+		var event guestapi.Event
+		if err := json.Unmarshal(line, &event); err != nil {
+			return fmt.Errorf("an event of the guest: %w", err)
+		}
+		f(event)
+	}
+}

@@ -1,0 +1,344 @@
+package shim
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	events "github.com/containerd/containerd/api/events"
+	"github.com/containerd/log"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"h8s.io/hypernetes/internal/hyper/channel"
+	"h8s.io/hypernetes/internal/hyper/guestapi"
+	"h8s.io/hypernetes/internal/hyper/layers"
+	"h8s.io/hypernetes/internal/hyper/tap"
+	"h8s.io/hypernetes/internal/hyper/vm"
+)
+
+const (
+	// bootTimeout bounds the start of a machine until its guest answers. Many may boot at once.
+	bootTimeout = 100 * time.Second
+	// shutdownTimeout is how long a guest may take to end itself in order.
+	shutdownTimeout = 5 * time.Second
+	// entropySize is how many random bytes a guest begins with.
+	entropySize = 256
+)
+
+// phase is how far a pod's life is.
+type phase int
+
+const (
+	made phase = iota
+	ready
+	ended
+)
+
+// pod is a sandbox: one virtual machine, and the containers in it.
+type pod struct {
+	id        string
+	config    *cri.PodSandboxConfig
+	settings  Config
+	bundle    string
+	publish   func(topic string, event any)
+	left      state
+	created   time.Time
+	cache     *layers.Cache
+	volumes   *volumes
+	disks     disks
+	console   tail
+	ctx       context.Context // ends when the machine has ended
+	cancel    context.CancelCauseFunc
+	finished  chan struct{} // closed when all is cleaned up
+	vm        *vm.VM
+	guest     *guest
+	forwarder *forwarder
+
+	mu         sync.Mutex
+	phase      phase
+	stopping   bool
+	exitStatus uint32
+	exited     time.Time
+	containers map[string]*container
+}
+
+func newPod(id string, config *cri.PodSandboxConfig, netns string, settings Config, bundle string, publish func(string, any)) (*pod, error) {
+	if netns == "" {
+		return nil, refusal("hostNetwork is not for this runtime: the pod is a virtual machine, which is not in the node's network")
+	}
+	cache, err := layers.NewCache(filepath.Join(settings.CacheDir, "layers"))
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	p := &pod{
+		id: id, config: config, settings: settings, bundle: bundle, publish: publish, cache: cache,
+		ctx: ctx, cancel: cancel, finished: make(chan struct{}), containers: map[string]*container{},
+	}
+	p.left.NetNS = netns
+	// Sandboxes' IDs are random: a part is enough, and keeps the paths of sockets short.
+	p.left.RunDir = filepath.Join(settings.RunDir, id[:min(len(id), 20)])
+	if parent := config.GetLinux().GetCgroupParent(); parent != "" {
+		p.left.Cgroup = filepath.Join("/", parent, "h8s-"+id[:min(len(id), 20)])
+	}
+	return p, nil
+}
+
+// start starts the machine and makes its guest this pod's. If it fails, it leaves
+// nothing.
+func (p *pod) start(ctx context.Context) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
+	defer cancel()
+	if err := os.MkdirAll(p.left.RunDir, 0o700); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.left.cleanUp())
+		}
+	}()
+	if err := p.left.save(p.bundle); err != nil {
+		return err
+	}
+	nic, err := tap.Open(p.left.NetNS)
+	if err != nil {
+		return err
+	}
+	defer nic.Close()
+	mac, err := net.ParseMAC(nic.Link.HardwareAddr)
+	if err != nil {
+		return err
+	}
+	cpus, memory := size(p.config)
+	machine, err := vm.Start(ctx, vm.Config{
+		ID: p.id, Dir: p.left.RunDir, Kernel: p.settings.Kernel, Initrd: p.settings.Initrd,
+		CPUs: cpus, Memory: memory, Accel: p.settings.Accel,
+		NIC:     &vm.NIC{Tap: nic.File, HardwareAddr: mac},
+		Cgroup:  p.confine,
+		Console: &p.console,
+	})
+	if err != nil {
+		return err
+	}
+	host, err := channel.NewHost(machine.Channel())
+	if err != nil {
+		machine.Kill()
+		return err
+	}
+	defer func() {
+		if err != nil {
+			machine.Kill()
+			<-machine.Done()
+			_ = host.Close()
+			err = fmt.Errorf("%w (the guest's console ends with: %q)", err, p.console.String())
+		}
+	}()
+	// A machine that ends ends the waiting for it.
+	ctx, gone := context.WithCancelCause(ctx)
+	defer gone(nil)
+	go func() {
+		select {
+		case <-machine.Done():
+			gone(machine.Err())
+		case <-ctx.Done():
+		}
+	}()
+	guest, err := connect(ctx, host)
+	if err != nil {
+		return errors.Join(err, context.Cause(ctx))
+	}
+	if err := p.setUp(ctx, guest, nic.Link); err != nil {
+		return err
+	}
+	forwarder, err := newForwarder(p.left.NetNS, dialFunc(func(port uint16) (io.ReadWriteCloser, error) { //nolint:contextcheck // for as long as the pod lives
+		ctx, cancel := context.WithTimeout(p.ctx, callTimeout)
+		defer cancel()
+		return host.Open(ctx, channel.Dial, strconv.Itoa(int(port)))
+	}))
+	if err != nil {
+		return fmt.Errorf("ports of the pod: %w", err)
+	}
+	p.vm, p.guest, p.forwarder = machine, guest, forwarder
+	p.volumes = newVolumes(guest)
+	p.mu.Lock()
+	if p.phase != made {
+		p.mu.Unlock()
+		forwarder.close()
+		return errors.New("the pod was stopped while it started")
+	}
+	p.phase, p.created = ready, time.Now()
+	p.mu.Unlock()
+	go forwarder.serve()
+	go p.volumes.follow(p.ctx) //nolint:contextcheck // for as long as the pod lives
+	go p.listen()
+	go p.watch()
+	go func() {
+		if err := p.cache.Collect(); err != nil {
+			log.L.WithError(err).Warn("remove images of container layers that are gone")
+		}
+	}()
+	return nil
+}
+
+// confine puts QEMU where it belongs, and on record.
+func (p *pod) confine(pid int) error {
+	started, err := startTime(pid)
+	if err != nil {
+		return err
+	}
+	p.left.QEMU, p.left.Started = pid, started
+	if err := p.left.save(p.bundle); err != nil {
+		return err
+	}
+	if err := allowOOMKill(pid, p.config.GetLinux().GetCgroupParent()); err != nil {
+		return fmt.Errorf("OOM score of QEMU: %w", err)
+	}
+	if p.left.Cgroup == "" {
+		return nil
+	}
+	return joinCgroup(p.left.Cgroup, pid)
+}
+
+func (p *pod) setUp(ctx context.Context, g *guest, link guestapi.Link) error {
+	entropy := make([]byte, entropySize)
+	_, _ = rand.Read(entropy) // it does not fail
+	id := sha256.Sum256([]byte(p.id))
+	hostname := p.config.GetHostname()
+	if hostname == "" {
+		hostname = p.config.GetMetadata().GetName()
+	}
+	return g.call(ctx, http.MethodPost, "/v1/setup", guestapi.Setup{
+		Hostname:  hostname,
+		MachineID: hex.EncodeToString(id[:16]),
+		Time:      time.Now(),
+		Entropy:   entropy,
+		Sysctls:   p.config.GetLinux().GetSysctls(),
+		Links:     []guestapi.Link{link},
+	})
+}
+
+// listen passes on what happens in the guest without being asked for.
+func (p *pod) listen() {
+	err := p.guest.events(p.ctx, func(e guestapi.Event) {
+		if _, err := p.container(e.OOM); err == nil {
+			p.publish("/tasks/oom", &events.TaskOOM{ContainerID: e.OOM})
+		}
+	})
+	if p.ctx.Err() == nil {
+		log.L.WithError(err).Warn("the guest's events have ended")
+	}
+}
+
+// watch waits for the end of the machine, or of its guest's answers, and then makes it
+// true for everybody.
+func (p *pod) watch() {
+	select {
+	case <-p.vm.Done():
+	case <-p.guest.channel.Done():
+		// A guest in good order takes its channel with it when it powers off.
+		select {
+		case <-p.vm.Done():
+		case <-time.After(time.Second):
+			log.L.Warn("the guest does not answer any more: end the virtual machine")
+			p.vm.Kill()
+		}
+	}
+	<-p.vm.Done()
+	why := p.vm.Err()
+	p.cancel(why)
+
+	p.mu.Lock()
+	p.phase, p.exited = ended, time.Now()
+	stopping := p.stopping
+	if !stopping {
+		p.exitStatus = killed
+	}
+	containers := make([]*container, 0, len(p.containers))
+	for _, c := range p.containers {
+		containers = append(containers, c)
+	}
+	p.mu.Unlock()
+	if !stopping {
+		log.L.WithError(why).WithField("console", p.console.String()).Error("the virtual machine has ended")
+	}
+	for _, c := range containers {
+		c.end(p.exited)
+	}
+	p.guest.close()
+	_ = p.guest.channel.Close()
+	p.forwarder.close()
+	if err := p.left.cleanUp(); err != nil {
+		log.L.WithError(err).Error("clean up after the virtual machine")
+	}
+	close(p.finished)
+}
+
+// stop ends the machine, if it was started, and returns when nothing is left of it.
+func (p *pod) stop(ctx context.Context) error {
+	p.mu.Lock()
+	before := p.phase
+	p.stopping = true
+	if before == made {
+		p.phase, p.exited = ended, time.Now()
+		p.cancel(errors.New("the pod was stopped"))
+		close(p.finished)
+	}
+	p.mu.Unlock()
+	if before == ready {
+		polite, cancel := context.WithTimeout(ctx, shutdownTimeout)
+		defer cancel()
+		_ = p.guest.send(polite, http.MethodPost, "/v1/shutdown", nil)
+		select {
+		case <-p.vm.Done():
+		case <-polite.Done():
+			p.vm.Kill()
+		}
+	}
+	select {
+	case <-p.finished:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the end of the virtual machine: %w", context.Cause(ctx))
+	}
+}
+
+// distrust ends the machine of a guest that does not do what it is told.
+func (p *pod) distrust(why string, err error) {
+	log.L.WithError(err).Warn(why + ": end the virtual machine")
+	p.vm.Kill()
+}
+
+// tail keeps the end of what is written to it.
+type tail struct {
+	mu   sync.Mutex
+	kept []byte
+}
+
+const maxTail = 4 << 10
+
+// Write implements io.Writer.
+func (t *tail) Write(b []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.kept = append(t.kept, b[max(0, len(b)-maxTail):]...)
+	t.kept = t.kept[max(0, len(t.kept)-maxTail):]
+	return len(b), nil
+}
+
+// String is what was kept.
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return string(t.kept)
+}

@@ -1,0 +1,138 @@
+package vm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// probeCache is where ProbeKVM keeps its answer for an empty Config.Accel.
+	probeCache = "/run/h8s/hyper"
+	// probeTimeout is how long a guest may take to open its port. With KVM it takes a
+	// second.
+	probeTimeout = 15 * time.Second
+)
+
+// chooseAccel sets an empty Accel.
+func (c *Config) chooseAccel(ctx context.Context) error {
+	if c.Accel != "" {
+		return nil
+	}
+	ok, _, err := ProbeKVM(ctx, c.Kernel, c.Initrd, probeCache)
+	if err != nil {
+		return err
+	}
+	if c.Accel = "tcg"; ok {
+		c.Accel = "kvm"
+	}
+	return nil
+}
+
+// probed is the cached answer of ProbeKVM.
+type probed struct {
+	Boot  string   `json:"boot"`
+	Files []string `json:"files"`
+	OK    bool     `json:"ok"`
+	Why   string   `json:"why,omitempty"`
+}
+
+// ProbeKVM says whether a guest really boots with KVM here, and if not, why. That a
+// device /dev/kvm opens says little: it may be an emulation on which no ordinary
+// kernel runs. The answer is kept in cacheDir until the host restarts, or until QEMU,
+// kernel or initrd change; processes that ask at the same time wait for one answer.
+func ProbeKVM(ctx context.Context, kernel, initrd, cacheDir string) (ok bool, why string, err error) {
+	found, err := probe(ctx, kernel, initrd, cacheDir)
+	if err != nil {
+		return false, "", fmt.Errorf("probe KVM: %w", err)
+	}
+	return found.OK, found.Why, nil
+}
+
+func probe(ctx context.Context, kernel, initrd, cacheDir string) (probed, error) {
+	if err := os.MkdirAll(cacheDir, 0o755); err != nil {
+		return probed{}, err
+	}
+	unlock, err := lock(ctx, filepath.Join(cacheDir, "kvm.lock"))
+	if err != nil {
+		return probed{}, err
+	}
+	defer unlock()
+	c := Config{
+		ID: "probe", Dir: cacheDir, Kernel: kernel, Initrd: initrd, CPUs: 1, Memory: 256 << 20, Accel: "kvm",
+	}
+	m, err := newMachine(c)
+	if err != nil {
+		return probed{}, err
+	}
+	cache := filepath.Join(cacheDir, "kvm.json")
+	var kept probed
+	if text, err := os.ReadFile(cache); err == nil && json.Unmarshal(text, &kept) == nil &&
+		kept.Boot == m.manifest.Boot && slices.Equal(kept.Files, m.manifest.Files) {
+		return kept, nil
+	}
+	found := probed{Boot: m.manifest.Boot, Files: m.manifest.Files}
+	if err := bootOnce(ctx, c); ctx.Err() != nil {
+		return probed{}, context.Cause(ctx)
+	} else if found.OK = err == nil; err != nil {
+		found.Why = err.Error()
+	}
+	text, err := json.Marshal(found)
+	if err != nil {
+		return probed{}, err
+	}
+	return found, renameio.WriteFile(cache, text, 0o644)
+}
+
+// bootOnce boots a guest until it opens its port.
+func bootOnce(ctx context.Context, c Config) error {
+	if f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0); err != nil {
+		return err
+	} else if err := f.Close(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	v, err := Start(ctx, c)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		v.Kill()
+		<-v.Done()
+		v.channel.Close()
+	}()
+	return v.awaitPort(ctx, 1)
+}
+
+// lock takes a lock between processes.
+func lock(ctx context.Context, path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, context.Cause(ctx))
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
