@@ -1,3 +1,5 @@
+//go:build hyper
+
 // Package hyper tests pods that are virtual machines through containerd's CRI, as the
 // kubelet would use it, without a Kubernetes cluster.
 package hyper

@@ -29,6 +29,9 @@ type suite struct {
 	dir  string // relative to the repository's root; "" is the root
 	argv []string
 	goes bool // the command is `go test`, without -json
+	// asked says that it runs only when it is asked for: it tests what is no part of a
+	// cluster yet.
+	asked bool
 }
 
 func suites() []suite {
@@ -39,6 +42,7 @@ func suites() []suite {
 		{name: "unit and kernel", argv: unit, goes: true},
 		{name: "gVisor shim", dir: "upstream/gvisor", argv: []string{"go", "test", "-race", "-timeout=10m", "./shim/..."}, goes: true},
 		{name: "cluster", argv: []string{"go", "test", "-timeout=40m", "./test/e2e/..."}, goes: true},
+		{name: "hyper", argv: []string{"go", "test", "-tags=hyper", "-p=1", "-timeout=30m", "./internal/hyper/...", "./test/hyper/..."}, goes: true, asked: true},
 	}
 }
 
@@ -76,7 +80,7 @@ func runAll(ctx context.Context, suites []suite, only string) totals {
 	var all totals
 	for _, s := range suites {
 		switch {
-		case !strings.Contains(s.name, only):
+		case !strings.Contains(s.name, only), s.asked && only != s.name:
 		case ctx.Err() != nil:
 			all.add(failure(s, time.Now(), errInterrupted))
 		default:

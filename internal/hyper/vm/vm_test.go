@@ -1,3 +1,5 @@
+//go:build hyper
+
 package vm
 
 import (
