@@ -168,23 +168,25 @@ func measureMemory(ctx context.Context, l *lab, _ options, p *progress) (rows []
 	if err != nil {
 		return rows, err
 	}
-	first, last := measured[0], measured[len(measured)-1]
-	perNetwork := func(metric, note string, m memory) Row {
-		target := &Target{Value: 200}
-		kb := (m.anon - first.anon) / float64(networks)
-		verdict := "missed"
-		if target.met(kb) {
-			verdict = "met"
-		}
-		return Row{
-			Group: "node agent", Metric: metric, Unit: "KB",
-			Ours: newSide(agentProgram, []float64{kb}), Target: target, Verdict: verdict, Note: note,
-		}
+	// A new agent keeps for long what it needed to load its caches: it has less of
+	// that once it has worked. So the growth is that from some Networks to many.
+	some, many := len(measured)-2, len(measured)-1
+	target := &Target{Value: 200}
+	kb := (measured[many].anon - measured[some].anon) / float64(counts[many]-counts[some])
+	verdict := "missed"
+	if target.met(kb) {
+		verdict = "met"
 	}
 	return append(rows,
-		perNetwork("memory per idle Network",
-			"growth of anonymous memory (heap with its garbage, stacks), each Network with a portal, a name server and one pod", last),
-		perNetwork("memory per idle Network, agent restarted", "", restarted),
+		Row{
+			Group: "node agent", Metric: fmt.Sprintf("memory, %d Networks, agent restarted (PSS)", networks), Unit: "MB",
+			Ours: newSide(agentProgram, []float64{restarted.pss / 1024}),
+		},
+		Row{
+			Group: "node agent", Metric: "memory per idle Network", Unit: "KB",
+			Ours: newSide(agentProgram, []float64{kb}), Target: target, Verdict: verdict,
+			Note: fmt.Sprintf("growth of anonymous memory (heap with its garbage, stacks) from %d to %d Networks, each with a portal, a name server and one pod", counts[some], counts[many]),
+		},
 	), nil
 }
 
