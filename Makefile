@@ -21,8 +21,8 @@ UPSTREAM := etcd $(KUBE) agnhost $(CONTAINERD) runsc containerd-shim-runsc-v1 ru
 OURS := h8s h8s-controller h8s-node h8s-cni
 IMAGES := pause busybox agnhost h8s
 
-PACKAGES := gcc libc6-dev libseccomp-dev pkg-config nftables iproute2 kmod procps util-linux mount busybox-static conntrack ca-certificates
-HYPER_PACKAGES := qemu-system-x86 qemu-utils erofs-utils binutils
+PACKAGES := gcc libc6-dev libseccomp-dev pkg-config nftables iproute2 kmod procps util-linux mount busybox-static conntrack ca-certificates \
+	qemu-system-x86 qemu-utils erofs-utils binutils
 
 # What our programs are made from. VERSION is in them, and therefore in a file that
 # changes with it.
@@ -37,7 +37,7 @@ gobuild = CGO_ENABLED=0 go build -buildvcs=false -trimpath
 
 .PHONY: build up down test test-hyper bench lint generate deps upstream ours hyper images clean
 
-build: deps upstream ours images ## everything, into bin/
+build: deps upstream ours hyper images ## everything, into bin/
 
 deps: $(BIN)/.deps ## Debian packages that are not there yet
 
@@ -97,21 +97,16 @@ images: $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) ## container ima
 $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) &: $(filter-out %_test.go,$(wildcard images/*.go images/pause/*)) go.mod $(DPKG) $(BIN)/.deps $(BIN)/agnhost $(addprefix $(BIN)/,$(OURS))
 	$(call step,build images,go run ./images --bin $(BIN) --out $(BIN)/images $(IMAGES) && touch $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))))
 
-# The VM sandbox, which is no part of a cluster yet. Its guest has no dynamic loader:
-# both of its programs must be static.
+# The VM sandbox. Its guest has no dynamic loader: both of its programs must be static.
 hyper: $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img ## what a pod's virtual machine needs, into bin/ and bin/hyper/
 
-$(BIN)/.hyper-deps: build/deps.sh $(DPKG) | $(BIN)/.deps
-	@./build/deps.sh '$(BIN)/log/install-hyper-packages.log' $(HYPER_PACKAGES)
-	@mkdir -p $(BIN) && touch $@
-
-$(BIN)/hyper/runc: upstream/runc/go.mod | $(BIN)/.hyper-deps
+$(BIN)/hyper/runc: upstream/runc/go.mod | $(BIN)/.deps
 	$(call step,build hyper/runc,cd upstream/runc && CGO_ENABLED=1 go build -buildvcs=false -trimpath -tags 'seccomp netgo osusergo' -ldflags '-s -w -extldflags -static' -o $@ github.com/opencontainers/runc)
 
 $(BIN)/hyper/hyperinit: $(SOURCES)
 	$(call step,build hyper/hyperinit,$(gobuild) -ldflags '-s -w' -o $@ ./cmd/hyperinit && touch $@)
 
-$(BIN)/hyper/initrd.img: $(BIN)/hyper/runc $(BIN)/hyper/hyperinit $(wildcard images/guest/*.go) | $(BIN)/.hyper-deps
+$(BIN)/hyper/initrd.img: $(BIN)/hyper/runc $(BIN)/hyper/hyperinit $(wildcard images/guest/*.go) | $(BIN)/.deps
 	$(call step,build hyper/initrd.img,go run ./images/guest -out $(BIN)/hyper && touch $@)
 
 $(BIN)/containerd-shim-hyper-v1: $(SOURCES)
@@ -126,7 +121,7 @@ down: ## removes the cluster and everything it made
 test: build $(BIN)/golangci-lint ## everything: generated code, lint, unit, kernel, cluster
 	@go run ./test/runner
 
-test-hyper: build hyper ## the VM sandbox, by containerd's CRI and real virtual machines
+test-hyper: build ## the VM sandbox, by containerd's CRI and real virtual machines
 	@go run ./test/runner -only hyper
 
 bench: build ## measurements side by side with what a user would pick instead

@@ -16,6 +16,9 @@ const (
 	// AnnotationNetworks on a Pod names the Network it was admitted for. The
 	// node agent refuses a pod whose annotation and namespace disagree.
 	AnnotationNetworks = "h8s.io/networks"
+	// AnnotationTenant on a Pod names the Tenant it was admitted for. Pods that are
+	// virtual machines share memory within a Tenant only.
+	AnnotationTenant = "h8s.io/tenant"
 	// AnnotationCreator on a Namespace is the user who made it.
 	AnnotationCreator = "h8s.io/creator"
 	// LabelNodeReady on a Node is "true" once its container runtime asks the node

@@ -181,7 +181,7 @@ func (t demoTenant) operatorObjects() []client.Object {
 			Spec: v1alpha1.TenantSpec{
 				Members: []v1alpha1.Member{{Kind: "User", Name: t.owner, Role: v1alpha1.RoleOwner}},
 				Network: v1alpha1.TenantNetwork{CIDRs: []v1alpha1.CIDR{demoCIDR}},
-				Sandbox: v1alpha1.TenantSandbox{Default: v1alpha1.SandboxGVisor, Allowed: []string{v1alpha1.SandboxGVisor}},
+				Sandbox: v1alpha1.TenantSandbox{Default: v1alpha1.SandboxGVisor, Allowed: []string{v1alpha1.SandboxGVisor, v1alpha1.SandboxHyper}},
 			},
 		},
 	}

@@ -246,6 +246,12 @@ imports = ["/etc/containerd/conf.d/*.toml"]
   TypeUrl = "io.containerd.runsc.v1.options"
   ConfigPath = "/etc/containerd/runsc.toml"
 
+# One shim and one virtual machine per pod, and no pause container.
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.hyper]
+  runtime_type = "io.containerd.hyper.v1"
+  sandboxer = "shim"
+  disable_pause_image_pull = true
+
 [plugins."io.containerd.transfer.v1.local"]
   [[plugins."io.containerd.transfer.v1.local".unpack_config]]
     platform = "linux"

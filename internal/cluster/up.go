@@ -239,6 +239,7 @@ func checkPrograms(binDir string) error {
 	for _, p := range []string{
 		"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy",
 		"containerd", "containerd-shim-runc-v2", "ctr", "runc",
+		"containerd-shim-hyper-v1", "hyper/vmlinuz", "hyper/initrd.img",
 		"cni/ptp", "cni/host-local", "cni/loopback", "cni/portmap",
 	} {
 		if _, err := os.Stat(filepath.Join(binDir, p)); err != nil {

@@ -37,8 +37,7 @@ func size(config *cri.PodSandboxConfig) (cpus int, memory int64) {
 
 	cpus = defaultCPUs
 	if limits.GetCpuQuota() > 0 {
-		milli := milliCPUs(limits) + milliCPUs(overhead)
-		cpus = int((milli + 999) / 1000)
+		cpus = int((milliCPUs(limits) + 999) / 1000)
 	}
 	return min(max(cpus, 1), runtime.NumCPU()), memory
 }
