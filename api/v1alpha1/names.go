@@ -25,6 +25,9 @@ const (
 	// agent about every pod. Admission makes every tenant's pod select it: on a
 	// node that is still being set up, it would land on the default network.
 	LabelNodeReady = "h8s.io/node-ready"
+	// LabelHyper on a Node says what executes the virtual machines of its pods, kvm or
+	// tcg, once that is known.
+	LabelHyper = "h8s.io/hyper"
 	// LabelManagedBy marks objects that the controller made for a Tenant.
 	LabelManagedBy = "app.kubernetes.io/managed-by"
 	// ManagedBy is the value of LabelManagedBy.

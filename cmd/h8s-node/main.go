@@ -19,6 +19,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"h8s.io/hypernetes/internal/agent"
+	"h8s.io/hypernetes/internal/hyper/accel"
 	"h8s.io/hypernetes/internal/cni"
 	"h8s.io/hypernetes/internal/dns"
 	"h8s.io/hypernetes/internal/portal"
@@ -79,6 +80,7 @@ func command() *cobra.Command {
 	f.StringVar(&cfg.Socket, "socket", "/run/h8s/cni.sock", "where h8s-cni asks this agent")
 	f.StringVar(&cfg.StateDir, "state-dir", "/var/lib/h8s", "where attachments are recorded")
 	f.StringVar(&cfg.NetnsDir, "netns-dir", "/run/netns", "where portals are bound")
+	f.StringVar(&cfg.HyperDir, "hyper-dir", accel.DefaultDir, "where containerd-shim-hyper-v1 records what executes virtual machines (its runDir)")
 	f.StringVar(&opts.health, "health-address", "127.0.0.1:9476", "where /healthz and /readyz are answered; empty: nowhere")
 	f.DurationVar(&cfg.BlockGrace, "block-grace", 2*time.Minute, "how long a Block without pods is kept")
 	f.StringVar(&opts.logs, "log-level", "info", "debug, info, warn or error")

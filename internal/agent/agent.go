@@ -8,9 +8,11 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -31,6 +33,7 @@ import (
 	"h8s.io/hypernetes/api/v1alpha1"
 	"h8s.io/hypernetes/internal/cni"
 	"h8s.io/hypernetes/internal/dns"
+	"h8s.io/hypernetes/internal/hyper/accel"
 	"h8s.io/hypernetes/internal/network"
 	"h8s.io/hypernetes/internal/portal"
 )
@@ -71,6 +74,8 @@ type Config struct {
 	// CNIPlugin is the program h8s-cni that is copied to CNIBinDir; empty: it is there.
 	CNIPlugin, CNIBinDir, CNIConfDir string
 	Socket, StateDir, NetnsDir       string
+	// HyperDir is where the shim of virtual machines says what executes them.
+	HyperDir string
 	// BlockGrace is how long a Block without pods is kept.
 	BlockGrace time.Duration
 }
@@ -308,16 +313,30 @@ func (a *Agent) install(ctx context.Context) error {
 	return nil
 }
 
-// labelNode is repeated by the sweep until it succeeds.
+// labelNode is repeated by the sweep: until it succeeds, and because it may not be known
+// yet what executes virtual machines here.
 func (a *Agent) labelNode(ctx context.Context) {
-	if n := get[corev1.Node](a.caches.nodes, a.cfg.NodeName); n != nil && n.Labels[v1alpha1.LabelNodeReady] == "true" {
+	labels := map[string]string{v1alpha1.LabelNodeReady: "true"}
+	switch choice, found, err := accel.Recorded(a.cfg.HyperDir); {
+	case err != nil:
+		a.log.Warn("the node's label does not say what executes virtual machines", "label", v1alpha1.LabelHyper, "err", err)
+	case found:
+		labels[v1alpha1.LabelHyper] = choice.Accelerator
+	}
+	if n := get[corev1.Node](a.caches.nodes, a.cfg.NodeName); n != nil {
+		maps.DeleteFunc(labels, func(key, value string) bool { return n.Labels[key] == value })
+	}
+	if len(labels) == 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	patch := fmt.Appendf(nil, `{"metadata":{"labels":{%q:"true"}}}`, v1alpha1.LabelNodeReady)
-	if _, err := a.clients.core.CoreV1().Nodes().Patch(ctx, a.cfg.NodeName, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
-		a.log.Error("tenants' pods are not scheduled here: the node could not be labelled", "label", v1alpha1.LabelNodeReady, "err", err)
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"labels": labels}})
+	if err == nil {
+		_, err = a.clients.core.CoreV1().Nodes().Patch(ctx, a.cfg.NodeName, types.MergePatchType, patch, metav1.PatchOptions{})
+	}
+	if err != nil {
+		a.log.Error("tenants' pods are not scheduled here before the node is labelled; it is tried again", "labels", labels, "err", err)
 	}
 }
 

@@ -154,7 +154,7 @@ func trimMeta(m metav1.Object) {
 	m.SetManagedFields(nil)
 	m.SetFinalizers(nil)
 	m.SetOwnerReferences(nil)
-	m.SetLabels(keep(m.GetLabels(), v1alpha1.LabelTenant, v1alpha1.LabelNetwork, v1alpha1.LabelNodeReady, discoveryv1.LabelServiceName))
+	m.SetLabels(keep(m.GetLabels(), v1alpha1.LabelTenant, v1alpha1.LabelNetwork, v1alpha1.LabelNodeReady, v1alpha1.LabelHyper, discoveryv1.LabelServiceName))
 	m.SetAnnotations(keep(m.GetAnnotations(), v1alpha1.AnnotationNetworks, annotationMirror))
 }
 

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"h8s.io/hypernetes/internal/hyper/accel"
 )
 
 // CheckStatus is the outcome of one check.
@@ -215,6 +217,7 @@ func (c *Config) diagnose(ctx context.Context) []Check {
 		return []Check{{name, CheckFail, err.Error(), "read the logs in " + c.state().path("nodes")}}
 	}
 	checks := []Check{passed(name, fmt.Sprintf("%d nodes ready", len(c.Nodes)))}
+	checks = append(checks, c.diagnoseAccelerators())
 	leftovers, err := c.portalLeftovers(ctx)
 	switch {
 	case err != nil:
@@ -228,4 +231,21 @@ func (c *Config) diagnose(ctx context.Context) []Check {
 		checks = append(checks, passed(name+" networks", "no leftover portals, links, routes, nftables tables, Blocks or addresses"))
 	}
 	return checks
+}
+
+// diagnoseAccelerators says what executes the virtual machines of each node.
+func (c *Config) diagnoseAccelerators() Check {
+	name := "cluster " + c.Name + " virtual machines"
+	var found []string
+	for _, n := range c.Nodes {
+		choice, ok, err := accel.Recorded(c.state().node(n.Name, accel.DefaultDir))
+		switch {
+		case err != nil:
+			return Check{name, CheckFail, n.Name + ": " + err.Error(), ""}
+		case !ok:
+			return Check{name, CheckWarn, n.Name + " does not know yet what executes them", "wait a moment; else look into " + c.state().node(n.Name, "log", "containerd-shim-hyper-v1.log")}
+		}
+		found = append(found, fmt.Sprintf("%s: %s (%s)", n.Name, choice.Accelerator, choice.Reason))
+	}
+	return passed(name, strings.Join(found, "; "))
 }

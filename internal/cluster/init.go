@@ -62,6 +62,12 @@ func RunNodeInit(ctx context.Context, lifeline io.Reader, log *slog.Logger) erro
 		},
 		log: log,
 	}
+	go func() {
+		// It is not needed to start: whoever needs it first finds it out.
+		if err := r.once(ctx, program{name: "containerd-shim-hyper-v1", args: []string{"probe"}}); err != nil {
+			log.Warn("what executes guests is not known before the first pod that is one", "error", err)
+		}
+	}()
 	r.run(ctx, nodePrograms(req.Config, n))
 	return context.Cause(ctx)
 }

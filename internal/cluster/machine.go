@@ -15,6 +15,9 @@ import (
 	"github.com/miekg/dns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"h8s.io/hypernetes/internal/hyper/accel"
+	"h8s.io/hypernetes/internal/hyper/vm"
 )
 
 // anyClusterAddress is an address that clusters may have and that is no cluster's
@@ -30,6 +33,7 @@ func diagnoseMachine(ctx context.Context, binDir string) []Check {
 		verdict("cgroups", "", "mount cgroup2 at /sys/fs/cgroup, with the controllers cpu, cpuset, memory and pids", checkCgroups()),
 		verdict("memory", "", "use a machine with 3 GiB of memory or more", checkMemory()).warning(),
 		verdict("disk", "", "make room below "+filepath.Dir(StateRoot), checkDisk()).warning(),
+		diagnoseHyper(ctx, binDir),
 		verdict("resolvers", "", "pass --resolver to `h8s up`", checkResolvers()).warning(),
 		verdict("DNS port", "", dnsPortFix, checkDNSPort(ctx, anyClusterAddress)),
 		verdict("inotify", "", "sysctl fs.inotify.max_user_instances=1024", checkInotify("/proc")).warning(),
@@ -44,6 +48,29 @@ func diagnoseMachine(ctx context.Context, binDir string) []Check {
 		checks = append(checks, check)
 	}
 	return append(checks, diagnoseKernel(ctx)...)
+}
+
+// diagnoseHyper says whether pods can be virtual machines here, and what would execute
+// them. Nodes may be configured otherwise.
+func diagnoseHyper(ctx context.Context, binDir string) Check {
+	const name = "virtual machines"
+	for _, tool := range []string{"qemu-system-x86_64", "mkfs.erofs"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			return Check{name, CheckWarn, err.Error(), "apt-get install qemu-system-x86 erofs-utils; without them no pod of the RuntimeClass hyper starts"}
+		}
+	}
+	dir, err := os.MkdirTemp("", "h8s-doctor-")
+	if err != nil {
+		return Check{name, CheckFail, err.Error(), ""}
+	}
+	defer os.RemoveAll(dir)
+	choice, err := accel.Choose(ctx, "", func(ctx context.Context) (bool, string, error) {
+		return vm.ProbeKVM(ctx, filepath.Join(binDir, "hyper", "vmlinuz"), filepath.Join(binDir, "hyper", "initrd.img"), dir)
+	})
+	if err != nil {
+		return Check{name, CheckWarn, err.Error(), "`make build` makes the guest"}
+	}
+	return passed(name, choice.Accelerator+": "+choice.Reason)
 }
 
 // verdict is ok, or fail with the error and what to do about it.

@@ -551,6 +551,7 @@ func TestNodePolicy(t *testing.T) {
 	t.Run("nodes", func(t *testing.T) {
 		for name, tt := range map[string]struct{ node, patch, want string }{
 			"its own label":     {"agents-n1", `{"metadata":{"labels":{"h8s.io/node-ready":"true"}}}`, ""},
+			"its accelerator":   {"agents-n1", `{"metadata":{"labels":{"h8s.io/hyper":"tcg"}}}`, ""},
 			"of another":        {"agents-n2", `{"metadata":{"labels":{"h8s.io/node-ready":"true"}}}`, "of its own node and nothing else"},
 			"another label":     {"agents-n1", `{"metadata":{"labels":{"zone":"a"}}}`, "of its own node and nothing else"},
 			"an annotation":     {"agents-n1", `{"metadata":{"annotations":{"a":"b"}}}`, "of its own node and nothing else"},

@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -8,6 +9,9 @@ import (
 	"path/filepath"
 
 	"sigs.k8s.io/yaml"
+
+	"h8s.io/hypernetes/internal/hyper/accel"
+	"h8s.io/hypernetes/internal/hyper/vm"
 )
 
 // Config is what a node's operator can set, in the YAML file that the option ConfigPath
@@ -55,13 +59,26 @@ func LoadConfig(path string) (Config, error) {
 	c.Kernel = orDefault(c.Kernel, filepath.Join(images, "vmlinuz"))
 	c.Initrd = orDefault(c.Initrd, filepath.Join(images, "initrd.img"))
 	c.CacheDir = orDefault(c.CacheDir, "/var/lib/h8s/hyper")
-	c.RunDir = orDefault(c.RunDir, "/run/h8s/hyper")
+	c.RunDir = orDefault(c.RunDir, accel.DefaultDir)
 	c.KubeletDir = orDefault(c.KubeletDir, "/var/lib/kubelet")
 	// containerd resolves the symbolic links of what it mounts.
 	if resolved, err := filepath.EvalSymlinks(c.KubeletDir); err == nil {
 		c.KubeletDir = resolved
 	}
 	return c, nil
+}
+
+// Accelerator finds out what executes the guests of this node, and records it in
+// RunDir. The first call after the node has started may boot a guest for it, which can
+// take some seconds.
+func Accelerator(ctx context.Context, c Config) (accel.Choice, error) {
+	choice, err := accel.Choose(ctx, c.Accel, func(ctx context.Context) (bool, string, error) {
+		return vm.ProbeKVM(ctx, c.Kernel, c.Initrd, c.RunDir)
+	})
+	if err == nil {
+		err = accel.Record(c.RunDir, choice)
+	}
+	return choice, err
 }
 
 func orDefault(value, otherwise string) string {

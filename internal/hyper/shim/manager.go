@@ -80,6 +80,11 @@ func (m manager) Start(ctx context.Context, params *bootstrap.BootstrapParams) (
 	if err != nil {
 		return nil, err
 	}
+	accelerator, err := Accelerator(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	config.Accel = accelerator.Accelerator
 	text, err := json.Marshal(config)
 	if err != nil {
 		return nil, err
