@@ -31,7 +31,7 @@ const testTimeout = 3 * time.Minute
 
 // node is a containerd with network, mounts and directories of its own.
 type node struct {
-	t          *testing.T
+	t          testing.TB
 	dir        string
 	containerd *exec.Cmd
 	exited     chan struct{}
@@ -41,7 +41,7 @@ type node struct {
 	cgroup     string
 }
 
-func bin(t *testing.T, name string) string {
+func bin(t testing.TB, name string) string {
 	t.Helper()
 	path, err := filepath.Abs(filepath.Join("../../bin", name))
 	must(t, err)
@@ -51,7 +51,7 @@ func bin(t *testing.T, name string) string {
 	return path
 }
 
-func newNode(t *testing.T) *node {
+func newNode(t testing.TB) *node {
 	t.Helper()
 	// Short, for the sockets in it.
 	dir, err := os.MkdirTemp("/tmp", "hy")
@@ -286,7 +286,7 @@ func dialIn(ns netns.NsHandle, address string) (conn net.Conn, err error) {
 	return conn, err
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)

@@ -58,7 +58,8 @@ func config() *yamux.Config {
 // Host is the host's end.
 type Host struct{ session *yamux.Session }
 
-// NewHost takes over rw, which Close closes.
+// NewHost takes over rw, which Close closes. The guest has opened its end: from here on
+// it must answer.
 func NewHost(rw io.ReadWriteCloser) (*Host, error) {
 	session, err := yamux.Client(rw, config())
 	if err != nil {

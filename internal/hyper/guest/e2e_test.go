@@ -6,6 +6,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	crand "crypto/rand"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -508,6 +509,45 @@ func testBadBundle(t *testing.T, m *machine) {
 	}
 	if _, err := m.call("PUT", "/v1/containers/..%2f..%2fetc", guestapi.Container{}); err == nil {
 		t.Error("a container outside of the bundles' directory")
+	}
+}
+
+// TestClonesDraw: of two clones, set up at once, none draws what the other does. The
+// template has just reseeded, so that its clones do not do so of themselves.
+func TestClonesDraw(t *testing.T) {
+	c := config(t, 128<<20)
+	template := filepath.Join(t.TempDir(), "template")
+	setup := func() guestapi.Setup {
+		entropy := make([]byte, 64)
+		_, _ = crand.Read(entropy)
+		return guestapi.Setup{Hostname: "clone", Time: time.Now(), Entropy: entropy}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	err := vm.SaveTemplate(ctx, c, template, func(ctx context.Context, rw io.ReadWriteCloser) error {
+		host, err := channel.NewHost(rw)
+		if err != nil {
+			return err
+		}
+		m := &machine{t: t, http: httpClient(host)}
+		_, err = m.call("POST", "/v1/setup", setup())
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Template = template
+	drawn := map[string]int{}
+	for i := range 2 {
+		m := start(t, c)
+		m.must("POST", "/v1/setup", setup())
+		for range 30 {
+			id := string(m.must("GET", "/v1/files?path=/proc/sys/kernel/random/uuid", nil))
+			if other, ok := drawn[id]; ok {
+				t.Fatalf("clone %d draws %s, as does clone %d", i, strings.TrimSpace(id), other)
+			}
+			drawn[id] = i
+		}
 	}
 }
 

@@ -68,18 +68,17 @@ func start(t *testing.T, c vm.Config) *machine {
 		v.Kill()
 		<-v.Done()
 	})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := v.AwaitGuest(ctx); err != nil {
+		t.Fatal(err)
+	}
 	host, err := channel.NewHost(v.Channel())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { host.Close() })
-	m := &machine{t: t, vm: v, host: host, http: &http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return host.Open(ctx, channel.Control, "")
-		},
-	}}}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
+	m := &machine{t: t, vm: v, host: host, http: httpClient(host)}
 	stream, err := host.Open(ctx, channel.Task, "")
 	if err != nil {
 		t.Fatal(err)
@@ -89,6 +88,15 @@ func start(t *testing.T, c vm.Config) *machine {
 	t.Cleanup(func() { client.Close() })
 	m.tasks = taskapi.NewTTRPCTaskClient(client)
 	return m
+}
+
+// httpClient speaks with the control service.
+func httpClient(host *channel.Host) *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return host.Open(ctx, channel.Control, "")
+		},
+	}}
 }
 
 // call makes a request of the control service and returns the answer's body. A body that is

@@ -17,7 +17,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const cgroupRoot = "/sys/fs/cgroup"
+const (
+	cgroupRoot = "/sys/fs/cgroup"
+	// besteffort is in the names of cgroups of pods without requests and limits.
+	besteffort = "besteffort"
+)
 
 // joinCgroup makes a cgroup and puts a process in it, in each hierarchy of version 1 or
 // in version 2's.
@@ -87,7 +91,7 @@ func cgroupMetrics(path string) (any, error) {
 func allowOOMKill(pid int, cgroupParent string) error {
 	score := 0
 	switch {
-	case strings.Contains(cgroupParent, "besteffort"):
+	case strings.Contains(cgroupParent, besteffort):
 		score = 1000
 	case strings.Contains(cgroupParent, "burstable"):
 		score = 500

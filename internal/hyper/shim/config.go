@@ -23,7 +23,8 @@ type Config struct {
 	Initrd string `json:"initrd,omitempty"`
 	// Accel is kvm or tcg (default: kvm where it really boots a guest).
 	Accel string `json:"accel,omitempty"`
-	// CacheDir holds the images of container layers (default: /var/lib/h8s/hyper).
+	// CacheDir holds the images of container layers, and templates of virtual machines
+	// (default: /var/lib/h8s/hyper).
 	CacheDir string `json:"cacheDir,omitempty"`
 	// RunDir holds a directory for each running machine. Its path is short, for the
 	// sockets in it (default: /run/h8s/hyper).
@@ -31,6 +32,12 @@ type Config struct {
 	// KubeletDir is the kubelet's root directory (default: /var/lib/kubelet). A bind mount
 	// from elsewhere is somebody's hostPath, and refused.
 	KubeletDir string `json:"kubeletDir,omitempty"`
+	// Templates lets virtual machines be clones of a template, of which each tenant has its
+	// own (default: true). Without, each boots.
+	Templates *bool `json:"templates,omitempty"`
+	// ShareTemplates gives all tenants the same templates (default: false). Tenants then
+	// share memory, of which each can tell what another has used lately.
+	ShareTemplates bool `json:"shareTemplates,omitempty"`
 }
 
 // DefaultConfigPath is where the configuration is looked for when containerd's

@@ -17,6 +17,7 @@ import (
 
 	"h8s.io/hypernetes/internal/hyper/channel"
 	"h8s.io/hypernetes/internal/hyper/guestapi"
+	"h8s.io/hypernetes/internal/hyper/vm"
 )
 
 const (
@@ -36,9 +37,18 @@ type guest struct {
 }
 
 // connect returns when the guest serves the channel.
-func connect(ctx context.Context, ch *channel.Host) (*guest, error) {
+func connect(ctx context.Context, machine *vm.VM) (*guest, error) {
+	// The channel's own deadlines are not for a guest that boots.
+	if err := machine.AwaitGuest(ctx); err != nil {
+		return nil, err
+	}
+	ch, err := channel.NewHost(machine.Channel())
+	if err != nil {
+		return nil, err
+	}
 	conn, err := ch.Open(ctx, channel.Task, "")
 	if err != nil {
+		_ = ch.Close()
 		return nil, err
 	}
 	client := ttrpc.NewClient(conn)

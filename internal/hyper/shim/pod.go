@@ -2,13 +2,9 @@ package shim
 
 import (
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -30,10 +26,12 @@ import (
 const (
 	// bootTimeout bounds the start of a machine until its guest answers. Many may boot at once.
 	bootTimeout = 100 * time.Second
+	// templateTimeout bounds the same for a clone, which includes the making of its template.
+	templateTimeout = 60 * time.Second
+	// collectTimeout bounds the waiting for a moment in which nobody starts a machine.
+	collectTimeout = 30 * time.Second
 	// shutdownTimeout is how long a guest may take to end itself in order.
 	shutdownTimeout = 5 * time.Second
-	// entropySize is how many random bytes a guest begins with.
-	entropySize = 256
 )
 
 // phase is how far a pod's life is.
@@ -98,8 +96,6 @@ func newPod(id string, config *cri.PodSandboxConfig, netns string, settings Conf
 // start starts the machine and makes its guest this pod's. If it fails, it leaves
 // nothing.
 func (p *pod) start(ctx context.Context) (err error) {
-	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
-	defer cancel()
 	if err := os.MkdirAll(p.left.RunDir, 0o700); err != nil {
 		return err
 	}
@@ -116,55 +112,21 @@ func (p *pod) start(ctx context.Context) (err error) {
 		return err
 	}
 	defer nic.Close()
-	mac, err := net.ParseMAC(nic.Link.HardwareAddr)
+	machine, guest, err := p.boot(ctx, nic)
 	if err != nil {
-		return err
-	}
-	cpus, memory := size(p.config)
-	machine, err := vm.Start(ctx, vm.Config{
-		ID: p.id, Dir: p.left.RunDir, Kernel: p.settings.Kernel, Initrd: p.settings.Initrd,
-		CPUs: cpus, Memory: memory, Accel: p.settings.Accel,
-		NIC:     &vm.NIC{Tap: nic.File, HardwareAddr: mac},
-		Cgroup:  p.confine,
-		Console: &p.console,
-	})
-	if err != nil {
-		return err
-	}
-	host, err := channel.NewHost(machine.Channel())
-	if err != nil {
-		machine.Kill()
 		return err
 	}
 	defer func() {
 		if err != nil {
 			machine.Kill()
 			<-machine.Done()
-			_ = host.Close()
-			err = fmt.Errorf("%w (the guest's console ends with: %q)", err, p.console.String())
+			_ = guest.channel.Close()
 		}
 	}()
-	// A machine that ends ends the waiting for it.
-	ctx, gone := context.WithCancelCause(ctx)
-	defer gone(nil)
-	go func() {
-		select {
-		case <-machine.Done():
-			gone(machine.Err())
-		case <-ctx.Done():
-		}
-	}()
-	guest, err := connect(ctx, host)
-	if err != nil {
-		return errors.Join(err, context.Cause(ctx))
-	}
-	if err := p.setUp(ctx, guest, nic.Link); err != nil {
-		return err
-	}
 	forwarder, err := newForwarder(p.left.NetNS, dialFunc(func(port uint16) (io.ReadWriteCloser, error) { //nolint:contextcheck // for as long as the pod lives
 		ctx, cancel := context.WithTimeout(p.ctx, callTimeout)
 		defer cancel()
-		return host.Open(ctx, channel.Dial, strconv.Itoa(int(port)))
+		return guest.channel.Open(ctx, channel.Dial, strconv.Itoa(int(port)))
 	}))
 	if err != nil {
 		return fmt.Errorf("ports of the pod: %w", err)
@@ -183,12 +145,20 @@ func (p *pod) start(ctx context.Context) (err error) {
 	go p.volumes.follow(p.ctx) //nolint:contextcheck // for as long as the pod lives
 	go p.listen()
 	go p.watch()
-	go func() {
-		if err := p.cache.Collect(); err != nil {
-			log.L.WithError(err).Warn("remove images of container layers that are gone")
-		}
-	}()
+	go p.collect() //nolint:contextcheck // for as long as the pod lives
 	return nil
+}
+
+// collect removes what no pod of the node uses any more.
+func (p *pod) collect() {
+	if err := p.cache.Collect(); err != nil {
+		log.L.WithError(err).Warn("remove images of container layers that are gone")
+	}
+	ctx, cancel := context.WithTimeout(p.ctx, collectTimeout)
+	defer cancel()
+	if err := p.settings.templates().Collect(ctx); err != nil && ctx.Err() == nil {
+		log.L.WithError(err).Warn("remove templates that are not used")
+	}
 }
 
 // confine puts QEMU where it belongs, and on record.
@@ -208,24 +178,6 @@ func (p *pod) confine(pid int) error {
 		return nil
 	}
 	return joinCgroup(p.left.Cgroup, pid)
-}
-
-func (p *pod) setUp(ctx context.Context, g *guest, link guestapi.Link) error {
-	entropy := make([]byte, entropySize)
-	_, _ = rand.Read(entropy) // it does not fail
-	id := sha256.Sum256([]byte(p.id))
-	hostname := p.config.GetHostname()
-	if hostname == "" {
-		hostname = p.config.GetMetadata().GetName()
-	}
-	return g.call(ctx, http.MethodPost, "/v1/setup", guestapi.Setup{
-		Hostname:  hostname,
-		MachineID: hex.EncodeToString(id[:16]),
-		Time:      time.Now(),
-		Entropy:   entropy,
-		Sysctls:   p.config.GetLinux().GetSysctls(),
-		Links:     []guestapi.Link{link},
-	})
 }
 
 // listen passes on what happens in the guest without being asked for.

@@ -61,7 +61,7 @@ func probe(ctx context.Context, kernel, initrd, cacheDir string) (probed, error)
 	if err := os.MkdirAll(cacheDir, 0o755); err != nil {
 		return probed{}, err
 	}
-	unlock, err := lock(ctx, filepath.Join(cacheDir, "kvm.lock"))
+	unlock, err := lock(ctx, filepath.Join(cacheDir, "kvm.lock"), unix.LOCK_EX)
 	if err != nil {
 		return probed{}, err
 	}
@@ -113,14 +113,14 @@ func bootOnce(ctx context.Context, c Config) error {
 	return v.awaitPort(ctx, 1)
 }
 
-// lock takes a lock between processes.
-func lock(ctx context.Context, path string) (unlock func(), err error) {
+// lock takes a lock between processes, LOCK_EX or LOCK_SH of flock(2).
+func lock(ctx context.Context, path string, how int) (unlock func(), err error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		if err == nil {
 			return func() { f.Close() }, nil
 		}
@@ -132,7 +132,7 @@ func lock(ctx context.Context, path string) (unlock func(), err error) {
 		case <-ctx.Done():
 			f.Close()
 			return nil, fmt.Errorf("lock %s: %w", path, context.Cause(ctx))
-		case <-time.After(50 * time.Millisecond):
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
 }

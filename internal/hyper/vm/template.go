@@ -210,7 +210,7 @@ func saveTemplate(ctx context.Context, c Config, dir string, ready func(context.
 	}
 	partial := partialName(dir)
 	begin := time.Now()
-	unlock, err := lock(ctx, partial+".lock")
+	unlock, err := lock(ctx, partial+".lock", unix.LOCK_EX)
 	if err != nil {
 		return err
 	}
@@ -311,6 +311,15 @@ func replaceDir(partial, dir string) error {
 		err = os.Rename(partial, dir)
 	}
 	return err
+}
+
+// AwaitGuest waits until the guest has opened the channel's port. Nobody reads the
+// channel before: what is timed there should begin here.
+func (v *VM) AwaitGuest(ctx context.Context) error {
+	if err := v.awaitPort(ctx, 1); err != nil {
+		return fmt.Errorf("virtual machine %s: %w", v.id, err)
+	}
+	return nil
 }
 
 // awaitPort waits until the guest has opened the channel's port for the nth time.

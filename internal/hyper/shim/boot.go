@@ -1,0 +1,160 @@
+package shim
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/log"
+	"k8s.io/apimachinery/pkg/api/validate/content"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"h8s.io/hypernetes/internal/hyper/channel"
+	"h8s.io/hypernetes/internal/hyper/guestapi"
+	"h8s.io/hypernetes/internal/hyper/tap"
+	"h8s.io/hypernetes/internal/hyper/vm"
+)
+
+// entropySize is how many random bytes a guest begins with.
+const entropySize = 256
+
+// tenantAnnotation is v1alpha1.AnnotationTenant, whose package each pod's shim would
+// pay for with memory.
+const tenantAnnotation = "h8s.io/tenant"
+
+// boot starts the machine, as a clone if that can be had, and makes its guest this
+// pod's.
+func (p *pod) boot(ctx context.Context, nic *tap.Tap) (*vm.VM, *guest, error) {
+	mac, err := net.ParseMAC(nic.Link.HardwareAddr)
+	if err != nil {
+		return nil, nil, err
+	}
+	cpus, memory := size(p.config)
+	c := vm.Config{
+		ID: p.id, Dir: p.left.RunDir, Kernel: p.settings.Kernel, Initrd: p.settings.Initrd,
+		CPUs: cpus, Memory: memory, Accel: p.settings.Accel,
+		NIC:     &vm.NIC{Tap: nic.File, HardwareAddr: mac},
+		Cgroup:  p.confine,
+		Console: &p.console,
+	}
+	if p.settings.clones() {
+		machine, guest, err := p.begin(ctx, templateTimeout, nic.Link, func(ctx context.Context) (*vm.VM, error) {
+			owner, err := p.settings.owner(p.config)
+			if err != nil {
+				return nil, err
+			}
+			return p.settings.templates().Clone(ctx, owner, c)
+		})
+		if err == nil || ctx.Err() != nil {
+			return machine, guest, err
+		}
+		log.G(ctx).WithError(err).Warn("no clone of a template: boot the virtual machine")
+	}
+	return p.begin(ctx, bootTimeout, nic.Link, func(ctx context.Context) (*vm.VM, error) { return vm.Start(ctx, c) })
+}
+
+// begin starts a machine and makes its guest this pod's. If that fails, nothing of
+// the machine is left.
+func (p *pod) begin(ctx context.Context, timeout time.Duration, link guestapi.Link,
+	start func(context.Context) (*vm.VM, error),
+) (_ *vm.VM, _ *guest, err error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	machine, err := start(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			machine.Kill()
+			<-machine.Done()
+			_ = machine.Channel().Close()
+			err = fmt.Errorf("%w (the guest's console ends with: %q)", err, p.console.String())
+		}
+	}()
+	// A machine that ends ends the waiting for it.
+	ctx, gone := context.WithCancelCause(ctx)
+	defer gone(nil)
+	go func() {
+		select {
+		case <-machine.Done():
+			gone(machine.Err())
+		case <-ctx.Done():
+		}
+	}()
+	guest, err := connect(ctx, machine)
+	if err != nil {
+		return nil, nil, errors.Join(err, context.Cause(ctx))
+	}
+	if err := p.setUp(ctx, guest, link); err != nil {
+		guest.close()
+		_ = guest.channel.Close()
+		return nil, nil, err
+	}
+	return machine, guest, nil
+}
+
+func (p *pod) setUp(ctx context.Context, g *guest, link guestapi.Link) error {
+	entropy := make([]byte, entropySize)
+	_, _ = rand.Read(entropy) // it does not fail
+	id := sha256.Sum256([]byte(p.id))
+	hostname := p.config.GetHostname()
+	if hostname == "" {
+		hostname = p.config.GetMetadata().GetName()
+	}
+	return g.call(ctx, http.MethodPost, "/v1/setup", guestapi.Setup{
+		Hostname:  hostname,
+		MachineID: hex.EncodeToString(id[:16]),
+		Time:      time.Now(),
+		Entropy:   entropy,
+		Sysctls:   p.config.GetLinux().GetSysctls(),
+		Links:     []guestapi.Link{link},
+	})
+}
+
+// clones says whether machines are clones.
+func (c Config) clones() bool { return c.Templates == nil || *c.Templates }
+
+func (c Config) templates() vm.Templates {
+	return vm.Templates{
+		Dir: filepath.Join(c.CacheDir, "templates"),
+		// What is ready to be cloned is a guest that answers.
+		Ready: func(ctx context.Context, rw io.ReadWriteCloser) error {
+			host, err := channel.NewHost(rw)
+			if err != nil {
+				return err
+			}
+			defer host.Close()
+			stream, err := host.Open(ctx, channel.Task, "")
+			if err != nil {
+				return err
+			}
+			return stream.Close()
+		},
+		// It is in no pod's cgroup, and the first to go when the node has no memory left:
+		// without it, a pod boots.
+		Cgroup: func(pid int) error { return allowOOMKill(pid, besteffort) },
+	}
+}
+
+// owner is whose templates a pod's machine is cloned of.
+func (c Config) owner(pod *cri.PodSandboxConfig) (string, error) {
+	tenant, ok := pod.GetAnnotations()[tenantAnnotation]
+	switch {
+	case c.ShareTemplates:
+		return "everybody", nil
+	case !ok:
+		return "nobody", nil // pods of the cluster itself
+	case len(content.IsDNS1123Subdomain(tenant)) > 0:
+		return "", fmt.Errorf("the pod's annotation %s=%q is not the name of a tenant", tenantAnnotation, tenant)
+	}
+	return "tenant." + tenant, nil
+}
