@@ -513,14 +513,15 @@ func testBadBundle(t *testing.T, m *machine) {
 }
 
 // TestClonesDraw: of two clones, set up at once, none draws what the other does. The
-// template has just reseeded, so that its clones do not do so of themselves.
+// template has just reseeded, and its kernel would not do so again before half its age
+// has passed: of themselves, clones draw the same.
 func TestClonesDraw(t *testing.T) {
 	c := config(t, 128<<20)
 	template := filepath.Join(t.TempDir(), "template")
-	setup := func() guestapi.Setup {
+	setup := func(name string) guestapi.Setup {
 		entropy := make([]byte, 64)
 		_, _ = crand.Read(entropy)
-		return guestapi.Setup{Hostname: "clone", Time: time.Now(), Entropy: entropy}
+		return guestapi.Setup{Hostname: name, Time: time.Now(), Entropy: entropy}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -530,7 +531,16 @@ func TestClonesDraw(t *testing.T) {
 			return err
 		}
 		m := &machine{t: t, http: httpClient(host)}
-		_, err = m.call("POST", "/v1/setup", setup())
+		for age := 0.0; age < 8; time.Sleep(100 * time.Millisecond) {
+			text, err := m.call("GET", "/v1/files?path=/proc/uptime", nil)
+			if err == nil {
+				_, err = fmt.Sscan(string(text), &age)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		_, err = m.call("POST", "/v1/setup", setup("template"))
 		return err
 	})
 	if err != nil {
@@ -540,7 +550,7 @@ func TestClonesDraw(t *testing.T) {
 	drawn := map[string]int{}
 	for i := range 2 {
 		m := start(t, c)
-		m.must("POST", "/v1/setup", setup())
+		m.must("POST", "/v1/setup", setup("clone"))
 		for range 30 {
 			id := string(m.must("GET", "/v1/files?path=/proc/sys/kernel/random/uuid", nil))
 			if other, ok := drawn[id]; ok {
