@@ -26,6 +26,8 @@ import (
 var bootModules = []string{
 	"virtio_mmio", "virtio_console", "virtio_net", "virtio_scsi", "sd_mod",
 	"virtio_rng", "virtio_balloon", "erofs", "overlay",
+	// They tell QEMU of a panic: it would look like a restart.
+	"pvpanic", "pvpanic_mmio",
 }
 
 // fileSystems are loaded when a disk is mounted that has one of them. They lie packed

@@ -75,29 +75,8 @@ func buildImage(dir string) error {
 	// The kernel unpacks one archive after the other: ours replaces /init.
 	archive := bytes.NewBuffer(initrd)
 	addFile(archive, "init", 0o100755, program)
-	if err := addPanicModules(archive, built); err != nil {
-		return err
-	}
 	addFile(archive, "TRAILER!!!", 0, nil)
-	return os.WriteFile(image.initrd, archive.Bytes(), 0o600)
-}
-
-// addPanicModules adds the driver of the device that tells QEMU of a panic.
-func addPanicModules(archive *bytes.Buffer, built string) error {
-	addFile(archive, "modules/test", 0o40755, nil)
-	for i, name := range []string{"pvpanic", "pvpanic-mmio"} {
-		pattern := filepath.Join(built, "kernel/*/lib/modules/*/kernel/drivers/misc/pvpanic", name+".ko")
-		found, err := filepath.Glob(pattern)
-		if err != nil || len(found) != 1 {
-			return fmt.Errorf("%d files match %s: make build makes one", len(found), pattern)
-		}
-		module, err := os.ReadFile(found[0])
-		if err != nil {
-			return err
-		}
-		addFile(archive, fmt.Sprintf("modules/test/%d-%s.ko", i, name), 0o100644, module)
-	}
-	return nil
+	return os.WriteFile(image.initrd, archive.Bytes(), 0o644)
 }
 
 // addFile appends a file to a cpio archive in the format "newc".
