@@ -65,7 +65,7 @@ func diagnoseHyper(ctx context.Context, binDir string) Check {
 	}
 	defer os.RemoveAll(dir)
 	choice, err := accel.Choose(ctx, "", func(ctx context.Context) (bool, string, error) {
-		return vm.ProbeKVM(ctx, filepath.Join(binDir, "hyper", "vmlinuz"), filepath.Join(binDir, "hyper", "initrd.img"), dir)
+		return vm.ProbeKVM(ctx, filepath.Join(binDir, "hyper", "vmlinuz"), filepath.Join(binDir, "hyper", "initrd.img"), dir, vm.Users{})
 	})
 	if err != nil {
 		return Check{name, CheckWarn, err.Error(), "`make build` makes the guest"}

@@ -179,7 +179,13 @@ func (c *Client) dispatch(m message) {
 // that is nil. arguments become a JSON object, or none when nil. A refusal of QEMU
 // is a *Error. When ctx ends first, the command may or may not be carried out.
 func (c *Client) Execute(ctx context.Context, command string, arguments, result any) error {
-	answer, err := c.execute(ctx, command, arguments, nil)
+	return c.ExecuteWithFile(ctx, command, arguments, nil, result)
+}
+
+// ExecuteWithFile is Execute for a command that takes a copy of a file, such as add-fd.
+// The connection must be a Unix socket.
+func (c *Client) ExecuteWithFile(ctx context.Context, command string, arguments any, f *os.File, result any) error {
+	answer, err := c.execute(ctx, command, arguments, f)
 	if err == nil && result != nil {
 		err = json.Unmarshal(answer, result)
 	}
@@ -192,11 +198,7 @@ func (c *Client) Execute(ctx context.Context, command string, arguments, result 
 // SendFile gives QEMU a copy of a file, which commands such as migrate then know by
 // this name. The connection must be a Unix socket.
 func (c *Client) SendFile(ctx context.Context, name string, f *os.File) error {
-	_, err := c.execute(ctx, "getfd", map[string]any{"fdname": name}, f)
-	if err != nil {
-		return fmt.Errorf("QEMU: getfd: %w", err)
-	}
-	return nil
+	return c.ExecuteWithFile(ctx, "getfd", map[string]any{"fdname": name}, f, nil)
 }
 
 func (c *Client) execute(ctx context.Context, command string, arguments any, file *os.File) (json.RawMessage, error) {

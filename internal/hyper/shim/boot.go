@@ -42,6 +42,7 @@ func (p *pod) boot(ctx context.Context, nic *tap.Tap) (*vm.VM, *guest, error) {
 		ID: p.id, Dir: p.left.RunDir, Kernel: p.settings.Kernel, Initrd: p.settings.Initrd,
 		CPUs: cpus, Memory: memory, Accel: p.settings.Accel,
 		NIC:     &vm.NIC{Tap: nic.File, HardwareAddr: mac},
+		Users:   p.settings.users(),
 		Cgroup:  p.confine,
 		Console: &p.console,
 	}

@@ -29,6 +29,11 @@ type Config struct {
 	// RunDir holds a directory for each running machine. Its path is short, for the
 	// sockets in it (default: /run/h8s/hyper).
 	RunDir string `json:"runDir,omitempty"`
+	// FirstUser is the lowest of the user and group IDs that QEMU runs as, Users how many there
+	// are, one for each machine at a time. They are nobody else's on this node (default: 65536
+	// from 1900000000).
+	FirstUser uint32 `json:"firstUser,omitempty"`
+	Users     uint32 `json:"users,omitempty"`
 	// KubeletDir is the kubelet's root directory (default: /var/lib/kubelet). A bind mount
 	// from elsewhere is somebody's hostPath, and refused.
 	KubeletDir string `json:"kubeletDir,omitempty"`
@@ -80,12 +85,17 @@ func LoadConfig(path string) (Config, error) {
 // take some seconds.
 func Accelerator(ctx context.Context, c Config) (accel.Choice, error) {
 	choice, err := accel.Choose(ctx, c.Accel, func(ctx context.Context) (bool, string, error) {
-		return vm.ProbeKVM(ctx, c.Kernel, c.Initrd, c.RunDir)
+		return vm.ProbeKVM(ctx, c.Kernel, c.Initrd, c.RunDir, c.users())
 	})
 	if err == nil {
 		err = accel.Record(c.RunDir, choice)
 	}
 	return choice, err
+}
+
+// users are those that QEMU runs as.
+func (c Config) users() vm.Users {
+	return vm.Users{First: c.FirstUser, Count: c.Users, File: filepath.Join(c.RunDir, "users")}
 }
 
 func orDefault(value, otherwise string) string {

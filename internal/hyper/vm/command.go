@@ -26,7 +26,9 @@ type machine struct {
 	args     []string
 	files    []*os.File // QEMU's from descriptor 3 on
 	owned    []*os.File // those that close closes
-	template *os.File   // the memory that is cloned, or nil
+	readable []string
+	writable map[string]*os.File
+	template *os.File // the memory that is cloned, or nil
 	memory   int64
 	manifest manifest
 }
@@ -40,7 +42,7 @@ func newMachine(c Config) (*machine, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w; install QEMU for x86 (Debian: qemu-system-x86)", err)
 	}
-	m := &machine{binary: binary, memory: c.Memory}
+	m := &machine{binary: binary, memory: c.Memory, readable: []string{binary}, writable: map[string]*os.File{}}
 	m.arg("-machine", "microvm,acpi=on,rtc=on,isa-serial=on,pit=off,pic=off,x-option-roms=off,"+
 		"mem-merge=off,dump-guest-core=off,memory-backend=memory")
 	parameters := kernelParameters
@@ -76,8 +78,7 @@ func newMachine(c Config) (*machine, error) {
 		return nil, err
 	}
 	if c.Template == "" {
-		// A clone has its kernel in memory: QEMU would keep another copy.
-		m.arg("-kernel", c.Kernel, "-initrd", c.Initrd, "-append", parameters)
+		m.arg("-append", parameters)
 	}
 	if c.NIC != nil {
 		if c.NIC.Tap == nil || len(c.NIC.HardwareAddr) != 6 {
@@ -125,6 +126,48 @@ func (m *machine) inherit(f *os.File) int {
 	return len(m.files) + 2
 }
 
+// openFiles opens what QEMU's user cannot.
+func (m *machine) openFiles(c Config) error {
+	if c.Accel == "kvm" {
+		device, err := os.OpenFile(kvmDevice, os.O_RDWR, 0)
+		if err != nil {
+			return fmt.Errorf("accelerator kvm: %w", err)
+		}
+		m.writable[kvmDevice] = device
+	}
+	if c.Template != "" {
+		return nil // a clone has its kernel in memory: QEMU would keep another copy
+	}
+	kernel, err := m.publicFile(c.Kernel)
+	if err != nil {
+		return err
+	}
+	initrd, err := m.publicFile(c.Initrd)
+	if err != nil {
+		return err
+	}
+	m.arg("-kernel", kernel, "-initrd", initrd)
+	return nil
+}
+
+// publicFile returns the path by which QEMU can read a file that is no secret, wherever that is.
+func (m *machine) publicFile(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	m.own(f)
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	if info.Mode().Perm()&0o004 == 0 {
+		return "", fmt.Errorf("%s: QEMU, which has a user of its own, may not read it: chmod o+r", path)
+	}
+	m.readable = append(m.readable, path)
+	return fmt.Sprintf("/proc/self/fd/%d", m.inherit(f)), nil
+}
+
 func (m *machine) own(f *os.File) { m.owned = append(m.owned, f) }
 
 // close closes our copies of QEMU's files.
@@ -133,6 +176,9 @@ func (m *machine) close() {
 		f.Close()
 	}
 	m.owned = nil
+	for _, f := range m.writable {
+		f.Close()
+	}
 }
 
 // ownMemory gives the guest anonymous memory.
@@ -141,13 +187,22 @@ func (m *machine) ownMemory() {
 }
 
 // fileMemory gives the guest what is in a file as its memory. When shared, what the
-// guest writes goes to the file. Otherwise it keeps a page of its own for each that it
-// writes.
+// guest writes goes to the file, which is open for writing. Otherwise it keeps a page of
+// its own for each that it writes, and the file is open for reading only.
 func (m *machine) fileMemory(f *os.File, shared bool) {
-	share := map[bool]string{true: "on", false: "off"}[shared]
-	m.arg("-object", fmt.Sprintf("memory-backend-file,id=memory,size=%d,share=%s,mem-path=/proc/self/fd/%d",
-		m.memory, share, m.inherit(f)))
+	share := "on"
+	if !shared {
+		share, m.template = "off", f
+	}
+	m.writable[memoryName] = f
+	m.arg("-object", fmt.Sprintf("memory-backend-file,id=memory,size=%d,share=%s,mem-path=%s", m.memory, share, memoryName))
 }
+
+const (
+	// memoryName is what QEMU opens as the guest's memory: no file has this name.
+	memoryName = "/h8s/memory"
+	kvmDevice  = "/dev/kvm"
+)
 
 // socket makes a character device that is one end of a stream, and returns the other.
 // No other process can connect to it.

@@ -19,7 +19,8 @@ type Disk struct {
 	ReadOnly bool
 	// Backend is where the disk's content is: the BlockdevOptions of a protocol node,
 	// such as {"driver": "file", "filename": "/…"} or {"driver": "nbd", "server": …}.
-	// Its format is raw.
+	// Its format is raw. Files, and the Unix sockets of nbd, are opened by us: QEMU's user
+	// need not, and cannot connect to such a socket again.
 	Backend map[string]any
 }
 
@@ -46,8 +47,13 @@ func (v *VM) AddDisk(ctx context.Context, d Disk) error {
 		if err := v.removeNode(ctx, id); err != nil {
 			return err
 		}
+		backend, release, err := v.handOver(ctx, d.Backend, d.ReadOnly)
+		if err != nil {
+			return err
+		}
+		defer release()
 		err = v.monitor.Execute(ctx, "blockdev-add", map[string]any{
-			"driver": "raw", "node-name": id, "read-only": d.ReadOnly, "discard": "unmap", "file": d.Backend,
+			"driver": "raw", "node-name": id, "read-only": d.ReadOnly, "discard": "unmap", "file": backend,
 		}, nil)
 		if err != nil {
 			return err

@@ -27,11 +27,11 @@ func (c *Config) chooseAccel(ctx context.Context) error {
 	if c.Accel != "" {
 		return nil
 	}
-	ok, _, err := ProbeKVM(ctx, c.Kernel, c.Initrd, probeCache)
+	found, err := probe(ctx, c.Kernel, c.Initrd, probeCache, c.Users)
 	if err != nil {
-		return err
+		return fmt.Errorf("probe KVM: %w", err)
 	}
-	if c.Accel = "tcg"; ok {
+	if c.Accel = "tcg"; found.OK {
 		c.Accel = "kvm"
 	}
 	return nil
@@ -47,17 +47,17 @@ type probed struct {
 
 // ProbeKVM says whether a guest really boots with KVM here, and if not, why. That a
 // device /dev/kvm opens says little: it may be an emulation on which no ordinary
-// kernel runs. The answer is kept in cacheDir until the host restarts, or until QEMU,
+// kernel runs, and QEMU is one of users. The answer is kept in cacheDir until the host restarts, or until QEMU,
 // kernel or initrd change; processes that ask at the same time wait for one answer.
-func ProbeKVM(ctx context.Context, kernel, initrd, cacheDir string) (ok bool, why string, err error) {
-	found, err := probe(ctx, kernel, initrd, cacheDir)
+func ProbeKVM(ctx context.Context, kernel, initrd, cacheDir string, users Users) (ok bool, why string, err error) {
+	found, err := probe(ctx, kernel, initrd, cacheDir, users)
 	if err != nil {
 		return false, "", fmt.Errorf("probe KVM: %w", err)
 	}
 	return found.OK, found.Why, nil
 }
 
-func probe(ctx context.Context, kernel, initrd, cacheDir string) (probed, error) {
+func probe(ctx context.Context, kernel, initrd, cacheDir string, users Users) (probed, error) {
 	if err := os.MkdirAll(cacheDir, 0o755); err != nil {
 		return probed{}, err
 	}
@@ -67,7 +67,7 @@ func probe(ctx context.Context, kernel, initrd, cacheDir string) (probed, error)
 	}
 	defer unlock()
 	c := Config{
-		ID: "probe", Dir: cacheDir, Kernel: kernel, Initrd: initrd, CPUs: 1, Memory: 256 << 20, Accel: "kvm",
+		ID: "probe", Dir: cacheDir, Kernel: kernel, Initrd: initrd, CPUs: 1, Memory: 256 << 20, Accel: "kvm", Users: users,
 	}
 	m, err := newMachine(c)
 	if err != nil {

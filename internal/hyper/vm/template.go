@@ -99,7 +99,7 @@ func openTemplate(dir string, want manifest, size int64) (memory, state *os.File
 		if d := found.differs(want); d != "" {
 			return errors.New(d)
 		}
-		if memory, err = root.OpenFile(memoryFile, os.O_RDWR, 0); err != nil {
+		if memory, err = root.Open(memoryFile); err != nil {
 			return err
 		}
 		if info, err := memory.Stat(); err != nil || info.Size() != size {
@@ -249,7 +249,7 @@ func saveTemplate(ctx context.Context, c Config, dir string, ready func(context.
 	if err != nil {
 		return err
 	}
-	m.own(memory)
+	m.fileMemory(memory, true)
 	if err := memory.Truncate(c.Memory); err != nil {
 		return err
 	}
@@ -258,8 +258,6 @@ func saveTemplate(ctx context.Context, c Config, dir string, ready func(context.
 		return err
 	}
 	defer state.Close()
-	m.fileMemory(memory, true)
-
 	v, err := m.launch(ctx, c)
 	if err != nil {
 		return err

@@ -2,8 +2,9 @@
 // that boots a kernel or continues a saved template, and that is reached through a
 // byte stream into the guest.
 //
-// QEMU has a seccomp filter and no capabilities, and dies with its parent. It is
-// commanded over a socket that only the two have.
+// QEMU runs as a user of its own that may read system files and nothing else; it is given
+// the rest as open files. It has seccomp filters and no capabilities, and dies with its
+// parent. It is commanded over a socket that only the two have.
 package vm
 
 import (
@@ -21,8 +22,6 @@ import (
 	"time"
 	"unicode"
 
-	"golang.org/x/sys/unix"
-
 	"h8s.io/hypernetes/internal/hyper/qmp"
 )
 
@@ -30,9 +29,11 @@ import (
 type Config struct {
 	// ID appears in messages and in the name of the process.
 	ID string
-	// Dir is QEMU's working directory. It exists. Nothing is left there.
+	// Dir is QEMU's working directory, which it cannot open. It exists. Nothing is left there.
 	Dir string
-	// Kernel and Initrd are files.
+	// Users are those that QEMU runs as.
+	Users Users
+	// Kernel and Initrd are files that everybody may read.
 	Kernel, Initrd string
 	// CPUs is the number of virtual processors, Memory the guest's memory in bytes, a
 	// multiple of 2 MiB.
@@ -133,8 +134,6 @@ func start(ctx context.Context, c Config) (*VM, error) {
 		if memory, state, err = openTemplate(c.Template, m.manifest, c.Memory); err != nil {
 			return nil, err
 		}
-		m.own(memory)
-		m.template = memory
 		defer state.Close()
 		m.fileMemory(memory, false)
 		m.arg("-incoming", "defer")
@@ -176,6 +175,9 @@ func (v *VM) failure(err error) error {
 
 // launch starts QEMU, which then waits for the command to run the guest.
 func (m *machine) launch(ctx context.Context, c Config) (*VM, error) {
+	if err := m.openFiles(c); err != nil {
+		return nil, err
+	}
 	channel, err := m.socket("channel")
 	if err != nil {
 		return nil, err
@@ -200,14 +202,12 @@ func (m *machine) launch(ctx context.Context, c Config) (*VM, error) {
 		migrated:    make(chan struct{}),
 	}
 	v.cmd = exec.Command(m.binary, m.args...)
-	v.cmd.Dir = c.Dir
 	v.cmd.Env = []string{"LC_ALL=C", "MALLOC_ARENA_MAX=1"}
 	v.cmd.ExtraFiles = m.files
 	v.cmd.Stderr = &v.stderr
 	v.cmd.WaitDelay = time.Second // for standard error, when QEMU has ended
-	v.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 
-	exited, err := startLocked(v.cmd, m.template)
+	exited, err := m.startConfined(v.cmd, c)
 	if err != nil {
 		channel.Close()
 		monitor.Close()
@@ -229,27 +229,46 @@ func (m *machine) launch(ctx context.Context, c Config) (*VM, error) {
 	return v, nil
 }
 
-// startLocked starts cmd from a thread that lives as long as it: the kernel sends
+// startConfined starts cmd with nothing of the node but what its machine needs.
+func (m *machine) startConfined(cmd *exec.Cmd, c Config) (exited <-chan struct{}, err error) {
+	user, giveBack, err := c.Users.take()
+	if err != nil {
+		return nil, fmt.Errorf("a user of its own for QEMU: %w", err)
+	}
+	exited, err = startConfined(cmd, confinement{
+		user: user, dir: c.Dir, readable: m.readable, writable: m.writable, template: m.template,
+	})
+	if err != nil {
+		giveBack.Close()
+		return nil, err
+	}
+	m.writable = nil // they are its supervisor's
+	go func() {
+		<-exited
+		giveBack.Close()
+	}()
+	return exited, nil
+}
+
+// startConfined starts cmd from a thread that lives as long as it: the kernel sends
 // the parent-death signal when the thread that forked ends, not when the process
-// does. If template is not nil, cmd cannot punch holes into it.
-func startLocked(cmd *exec.Cmd, template *os.File) (exited <-chan struct{}, err error) {
+// does. When it has started cmd, it closes the writable files after cmd's end.
+func startConfined(cmd *exec.Cmd, c confinement) (exited <-chan struct{}, err error) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Pdeathsig: syscall.SIGKILL, Setpgid: true,
+		Credential: &syscall.Credential{Uid: c.user, Gid: c.user}, // no groups
+	}
 	started, done := make(chan error), make(chan struct{})
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
-		if err := confine(); err != nil {
+		s, err := c.apply()
+		if err != nil {
 			started <- err
 			return
 		}
-		if template != nil {
-			d, err := filterDiscards(template)
-			if err != nil {
-				started <- err
-				return
-			}
-			defer d.close()
-			go d.serve()
-		}
-		err := cmd.Start()
+		defer s.close()
+		go s.serve()
+		err = cmd.Start()
 		started <- err
 		if err == nil {
 			_ = cmd.Wait() // cmd.ProcessState says it all
@@ -257,22 +276,6 @@ func startLocked(cmd *exec.Cmd, template *os.File) (exited <-chan struct{}, err 
 		}
 	}()
 	return done, <-started
-}
-
-// confine takes from the calling thread what the program that it executes must not
-// have: it runs as our user, and without capabilities, for good.
-func confine() error {
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("no new privileges: %w", err)
-	}
-	for c := uintptr(0); ; c++ {
-		switch err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); {
-		case errors.Is(err, unix.EINVAL) && c > unix.CAP_AUDIT_READ: // the kernel's last one was before it
-			return nil
-		case err != nil:
-			return fmt.Errorf("drop capability %d: %w", c, err)
-		}
-	}
 }
 
 func (v *VM) wait(exited <-chan struct{}) {

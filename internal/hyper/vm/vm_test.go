@@ -34,9 +34,15 @@ var image struct{ kernel, initrd string }
 func init() { runtime.LockOSThread() }
 
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == parentMode {
-		beParent()
-		return
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case parentMode:
+			beParent()
+			return
+		case prisonerMode:
+			bePrisoner()
+			return
+		}
 	}
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "hyper-vm-")
@@ -103,6 +109,7 @@ func config(t testing.TB) Config {
 	})
 	return Config{
 		ID: strings.ReplaceAll(t.Name(), "/", "-"), Dir: t.TempDir(), Accel: "tcg",
+		Users:  Users{File: filepath.Join(t.TempDir(), "users")},
 		Kernel: image.kernel, Initrd: image.initrd, CPUs: 1, Memory: memory, Console: console,
 	}
 }
@@ -226,12 +233,14 @@ func TestTime(t *testing.T) {
 
 // QEMU runs confined, as a cold boot and as a clone.
 func TestConfined(t *testing.T) {
+	outer := t
 	cold := config(t)
 	clone := cold
 	clone.Template = save(t, clone, "template")
-	for name, c := range map[string]Config{"cold": cold, "clone": clone} {
+	users := map[int]bool{}
+	for name, c := range map[string]Config{"cold": cold, "clone": clone, "another clone": clone} {
 		t.Run(name, func(t *testing.T) {
-			g := boot(t, c)
+			g := boot(outer, c) // together with the others
 			text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", g.Pid()))
 			if err != nil {
 				t.Fatal(err)
@@ -241,13 +250,23 @@ func TestConfined(t *testing.T) {
 				key, value, _ := strings.Cut(line, ":")
 				got[key] = strings.TrimSpace(value)
 			}
+			user, err := strconv.Atoi(strings.Fields(got["Uid"])[0])
+			if err != nil || user < 1_900_000_000 || users[user] {
+				t.Errorf("user %s; of others there are %v", got["Uid"], users)
+			}
+			users[user] = true
+			alone := strings.TrimSpace(strings.Repeat(fmt.Sprint(user, "\t"), 4))
 			const none = "0000000000000000"
 			for key, want := range map[string]string{
-				"Seccomp": "2", "NoNewPrivs": "1", "CapPrm": none, "CapEff": none, "CapBnd": none, "CapAmb": none,
+				"Uid": alone, "Gid": alone, "Groups": "",
+				"Seccomp": "2", "NoNewPrivs": "1", "CapPrm": none, "CapEff": none, "CapBnd": none, "CapAmb": none, "CapInh": none,
 			} {
 				if got[key] != want {
-					t.Errorf("%s is %s, want %s", key, got[key], want)
+					t.Errorf("%s is %q, want %q", key, got[key], want)
 				}
+			}
+			if dir, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", g.Pid())); err != nil || dir != c.Dir {
+				t.Errorf("its working directory is %s (%v)", dir, err)
 			}
 			// Of our files it has only those that it needs.
 			fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", g.Pid()))
@@ -259,10 +278,18 @@ func TestConfined(t *testing.T) {
 				if err == nil && !openFile.MatchString(path) {
 					t.Errorf("it has %s open", path)
 				}
+				if strings.HasSuffix(path, "/template/memory") {
+					info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%s", g.Pid(), fd.Name()))
+					if err != nil || !readOnly.Match(info) {
+						t.Errorf("it has its template open for writing: %s (%v)", info, err)
+					}
+				}
 			}
 		})
 	}
 }
+
+var readOnly = regexp.MustCompile(`(?m)^flags:\t[0-9]*0$`)
 
 var openFile = regexp.MustCompile(`^(/dev/null|pipe:.*|socket:.*|anon_inode:.*|.*/template/memory|.*/(vmlinuz|initrd.img))$`)
 
@@ -427,7 +454,7 @@ const parentMode = "be-parent"
 // beParent boots a guest, tells its process ID when it answers, and waits to be killed.
 func beParent() {
 	v, err := Start(context.Background(), Config{
-		ID: "orphan", Dir: os.Args[4], Accel: "tcg",
+		ID: "orphan", Dir: os.Args[4], Accel: "tcg", Users: Users{File: filepath.Join(os.Args[4], "users")},
 		Kernel: os.Args[2], Initrd: os.Args[3], CPUs: 1, Memory: memory,
 	})
 	if err == nil {
@@ -451,7 +478,7 @@ func beParent() {
 
 func TestProbeKVM(t *testing.T) {
 	cache := t.TempDir()
-	ok, why, err := ProbeKVM(deadline(t), image.kernel, image.initrd, cache)
+	ok, why, err := ProbeKVM(deadline(t), image.kernel, image.initrd, cache, Users{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -469,7 +496,7 @@ func TestProbeKVM(t *testing.T) {
 	if err := os.WriteFile(answer, []byte(kept), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	again, _, err := ProbeKVM(deadline(t), image.kernel, image.initrd, cache)
+	again, _, err := ProbeKVM(deadline(t), image.kernel, image.initrd, cache, Users{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -479,7 +506,7 @@ func TestProbeKVM(t *testing.T) {
 	// Another guest is another question.
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	if other, _, err := ProbeKVM(ctx, image.kernel, image.kernel, cache); err == nil && other {
+	if other, _, err := ProbeKVM(ctx, image.kernel, image.kernel, cache, Users{}); err == nil && other {
 		t.Error("an answer was kept for another guest")
 	}
 }
