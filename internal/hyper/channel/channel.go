@@ -5,8 +5,8 @@
 // The stream is cut into many by yamux. Only the host opens streams: each begins
 // with what it is for, and the guest answers before the first byte of payload. The
 // guest is not trusted. What it can make the host keep is bounded by a window for
-// each stream that the host opened, and a stream that the guest opens ends the
-// session, as does a guest that answers no ping.
+// each stream that the host opened. A guest that opens a stream, or pings, ends the
+// session, as does one that answers no ping.
 package channel
 
 import (
@@ -61,16 +61,10 @@ type Host struct{ session *yamux.Session }
 // NewHost takes over rw, which Close closes. The guest has opened its end: from here on
 // it must answer.
 func NewHost(rw io.ReadWriteCloser) (*Host, error) {
-	session, err := yamux.Client(rw, config())
+	session, err := yamux.Client(&guard{ReadWriteCloser: rw}, config())
 	if err != nil {
 		return nil, fmt.Errorf("channel to the guest: %w", err)
 	}
-	go func() {
-		// It returns with the session, or with a stream that nobody may open.
-		if _, err := session.AcceptStream(); err == nil {
-			session.Close()
-		}
-	}()
 	return &Host{session}, nil
 }
 

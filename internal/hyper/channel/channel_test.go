@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"testing"
 	"time"
 
@@ -116,9 +118,13 @@ func roundTrip(ctx context.Context, host *Host, data []byte) error {
 // What a guest may do wrong, and that the host does not wait for it.
 func TestHostileGuest(t *testing.T) {
 	for name, guest := range map[string]func(net.Conn){
-		"garbage":        func(c net.Conn) { _, _ = io.Copy(c, rand.Reader) },
-		"hangs up":       func(c net.Conn) { c.Close() },
-		"opens a stream": func(c net.Conn) { opens(c) },
+		"garbage":                            func(c net.Conn) { _, _ = io.Copy(c, rand.Reader) },
+		"hangs up":                           func(c net.Conn) { c.Close() },
+		"opens a stream":                     func(c net.Conn) { opens(c) },
+		"pings":                              func(c net.Conn) { send(c, frame(2, 1, 0, 7)) },
+		"an empty frame that opens a stream": func(c net.Conn) { send(c, frame(1, 1, 2, 0)) },
+		"more than a window":                 func(c net.Conn) { send(c, frame(0, 0, 1, windowSize+1)) },
+		"no such type":                       func(c net.Conn) { send(c, frame(4, 0, 1, 0)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			a, b := net.Pipe()
@@ -166,6 +172,68 @@ func opens(c net.Conn) {
 		_, _ = stream.Write([]byte("hello"))
 	}
 	<-session.CloseChan()
+}
+
+// frame is a header of yamux.
+func frame(kind byte, flags uint16, stream, length uint32) []byte {
+	b := binary.BigEndian.AppendUint16([]byte{0, kind}, flags)
+	return binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(b, stream), length)
+}
+
+// send sends, and takes what comes.
+func send(c net.Conn, b []byte) {
+	go func() { _, _ = io.Copy(io.Discard, c) }()
+	_, _ = c.Write(b)
+}
+
+// Frames that are cut anywhere are the same frames.
+func TestGuardSeesFramesInPieces(t *testing.T) {
+	good := slices.Concat(frame(2, 2, 0, 1), frame(0, 0, 1, 3), []byte{0, 2, 0}, frame(1, 4, 1, 9))
+	bad := frame(2, 1, 0, 7)
+	for size := 1; size <= len(good); size++ {
+		g := &guard{}
+		for piece := range slices.Chunk(good, size) {
+			if err := g.look(piece); err != nil {
+				t.Fatalf("in pieces of %d: %v", size, err)
+			}
+		}
+		var err error
+		for piece := range slices.Chunk(bad, size) {
+			err = errors.Join(err, g.look(piece))
+		}
+		if err == nil {
+			t.Errorf("in pieces of %d: it takes a ping", size)
+		}
+	}
+}
+
+// FuzzHost is a guest that answers the opening of a stream with anything.
+func FuzzHost(f *testing.F) {
+	f.Add(slices.Concat(frame(0, 2, 1, 3), []byte{0, 0, 0}, frame(0, 0, 1, 2), []byte("hi")))
+	f.Add(slices.Concat(frame(0, 2, 1, 7), []byte{1, 0, 4}, []byte("busy"), frame(1, 8, 1, 0)))
+	f.Add(slices.Concat(frame(1, 2, 1, 1<<31), frame(1, 2, 1, 1<<31), frame(3, 0, 0, 2)))
+	f.Add(frame(2, 1, 0, 7))
+	f.Add(frame(0, 0, 9, windowSize))
+	f.Fuzz(func(t *testing.T, answer []byte) {
+		a, b := net.Pipe()
+		host, err := NewHost(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			send(b, answer)
+			b.Close()
+		}()
+		if stream, err := host.Open(t.Context(), Task, ""); err == nil {
+			got, _ := io.ReadAll(stream)
+			if len(got) > len(answer) {
+				t.Errorf("%d bytes of %d", len(got), len(answer))
+			}
+			stream.Close()
+		}
+		host.Close()
+		b.Close()
+	})
 }
 
 func FuzzReadFrame(f *testing.F) {

@@ -185,7 +185,7 @@ var attempts = map[string]attempt{
 	"trace the parent":   {false, func(_, _ string, parent int) error { return unix.PtraceAttach(parent) }},
 	"become root":        {false, func(string, string, int) error { return unix.Setuid(0) }},
 	"open /dev/kvm":      {false, func(string, string, int) error { return open("/dev/kvm", os.O_RDWR) }},
-	"new user namespace": {false, func(string, string, int) error { return unix.Unshare(unix.CLONE_NEWUSER) }},
+	"new user namespace": {false, func(string, string, int) error { return permission(unix.Unshare(unix.CLONE_NEWUSER)) }},
 	"mount":              {false, func(string, string, int) error { return unix.Mount("x", "/tmp", "tmpfs", 0, "") }},
 	"abstract socket": {false, func(_, abstract string, _ int) error {
 		c, err := net.Dial("unix", abstract)
@@ -204,9 +204,9 @@ var attempts = map[string]attempt{
 		_, err := unix.Socket(unix.AF_ALG, unix.SOCK_SEQPACKET, 0)
 		return err
 	}},
-	"BPF":      {false, func(string, string, int) error { return errno(unix.Syscall(unix.SYS_BPF, 0, 0, 0)) }},
-	"io_uring": {false, func(string, string, int) error { return errno(unix.Syscall(unix.SYS_IO_URING_SETUP, 1, 0, 0)) }},
-	"keys":     {false, func(string, string, int) error { return errno(unix.Syscall(unix.SYS_KEYCTL, 0, 0, 0)) }},
+	"BPF":      {false, func(string, string, int) error { return call(unix.SYS_BPF, 0) }},
+	"io_uring": {false, func(string, string, int) error { return call(unix.SYS_IO_URING_SETUP, 1) }},
+	"keys":     {false, func(string, string, int) error { return call(unix.SYS_KEYCTL, 0) }},
 }
 
 func listen(protocol int) error {
@@ -217,12 +217,17 @@ func listen(protocol int) error {
 	return unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
 }
 
-// errno is an error only where the kernel refuses the call, and not its arguments.
-func errno(_, _ uintptr, e unix.Errno) error {
-	if e == unix.EPERM || e == unix.EACCES {
-		return e
+// permission is an error only where the kernel refuses the call, and not its arguments.
+func permission(err error) error {
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
+		return err
 	}
 	return nil
+}
+
+func call(number, argument uintptr) error {
+	_, _, errno := unix.Syscall(number, argument, 0, 0)
+	return permission(errno)
 }
 
 // bePrisoner makes all attempts, and tells how each went.
