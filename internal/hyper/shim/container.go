@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -142,6 +143,7 @@ type container struct {
 	pod     *pod
 	init    *process
 	reports []report
+	oom     sync.Once // it is published that memory was wanting
 
 	mu    sync.Mutex
 	execs map[string]*process
@@ -390,11 +392,22 @@ func (c *container) await(p *process) {
 		return
 	}
 	if p.execID == "" {
+		c.explain()
 		c.report()
 	}
 	// By the node's clock: the guest's is its own affair.
 	if p.end(answer.ExitStatus, time.Now()) {
 		c.pod.publish("/tasks/exit", p.exitEvent())
+	}
+}
+
+// explain publishes why the container has ended before it is published that it has: the
+// kubelet looks for the one when it learns of the other.
+func (c *container) explain() {
+	ctx, cancel := context.WithTimeout(c.pod.ctx, callTimeout)
+	defer cancel()
+	if err := c.pod.guest.events(ctx, false, c.pod.handle); !errors.Is(err, io.EOF) && c.pod.ctx.Err() == nil {
+		log.L.WithError(err).WithField("id", c.id).Warn("ask the guest why a container has ended")
 	}
 }
 

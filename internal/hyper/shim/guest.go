@@ -51,7 +51,7 @@ func connect(ctx context.Context, machine *vm.VM) (*guest, error) {
 		_ = ch.Close()
 		return nil, err
 	}
-	client := ttrpc.NewClient(conn)
+	client := newTaskClient(conn)
 	return &guest{
 		channel: ch,
 		http: &http.Client{Transport: &http.Transport{
@@ -61,7 +61,7 @@ func connect(ctx context.Context, machine *vm.VM) (*guest, error) {
 			MaxIdleConnsPerHost:    2,
 			MaxResponseHeaderBytes: 16 << 10,
 			DisableCompression:     true,
-		}},
+		}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }},
 		ttrpc: client,
 		tasks: task.NewTTRPCTaskClient(client),
 	}, nil
@@ -99,10 +99,10 @@ func (g *guest) do(ctx context.Context, method, path string, body io.Reader) (*h
 	if err != nil {
 		return nil, fmt.Errorf("ask the guest: %w", err)
 	}
-	if response.StatusCode >= http.StatusBadRequest {
+	if response.StatusCode >= http.StatusMultipleChoices {
 		defer response.Body.Close()
 		text, _ := io.ReadAll(io.LimitReader(response.Body, maxMessage))
-		return nil, fmt.Errorf("the guest answers %s %s with %d: %s", method, path, response.StatusCode, strings.TrimSpace(string(text)))
+		return nil, fmt.Errorf("the guest answers %s %s with %d: %s", method, path, response.StatusCode, strings.TrimSpace(bounded(string(text))))
 	}
 	return response, nil
 }
@@ -117,15 +117,25 @@ func (g *guest) readFile(ctx context.Context, path string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(response.Body, guestapi.MaxFile))
 }
 
-// events calls f for each event until the guest ends the stream or ctx is done.
-func (g *guest) events(ctx context.Context, f func(guestapi.Event)) error {
-	response, err := g.do(ctx, http.MethodGet, "/v1/events", nil)
+// events calls f for each event, past and to come, until the guest ends the stream or
+// ctx is done. Without follow, the stream has the past ones only.
+func (g *guest) events(ctx context.Context, follow bool, f func(guestapi.Event)) error {
+	path := "/v1/events"
+	if !follow {
+		path += "?follow=false"
+	}
+	response, err := g.do(ctx, http.MethodGet, path, nil)
 	if err != nil {
 		return err
 	}
 	defer response.Body.Close()
+	return readEvents(response.Body, f)
+}
+
+// readEvents calls f for each event. Its error is io.EOF when they end in order.
+func readEvents(r io.Reader, f func(guestapi.Event)) error {
 	// A decoder would keep a line of any length.
-	lines := newLineReader(response.Body, maxMessage)
+	lines := newLineReader(r, maxMessage)
 	for {
 		line, err := lines.next()
 		if err != nil {

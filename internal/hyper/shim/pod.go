@@ -182,13 +182,16 @@ func (p *pod) confine(pid int) error {
 
 // listen passes on what happens in the guest without being asked for.
 func (p *pod) listen() {
-	err := p.guest.events(p.ctx, func(e guestapi.Event) {
-		if _, err := p.container(e.OOM); err == nil {
-			p.publish("/tasks/oom", &events.TaskOOM{ContainerID: e.OOM})
-		}
-	})
+	err := p.guest.events(p.ctx, true, p.handle)
 	if p.ctx.Err() == nil {
 		log.L.WithError(err).Warn("the guest's events have ended")
+	}
+}
+
+// handle passes on an event of the guest, once, however often the guest tells it.
+func (p *pod) handle(e guestapi.Event) {
+	if c, err := p.container(e.OOM); err == nil {
+		c.oom.Do(func() { p.publish("/tasks/oom", &events.TaskOOM{ContainerID: c.id}) })
 	}
 }
 

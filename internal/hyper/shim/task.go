@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/containerd/cgroups/v3/cgroup2/stats"
 	events "github.com/containerd/containerd/api/events"
 	task "github.com/containerd/containerd/api/runtime/task/v3"
 	tasktypes "github.com/containerd/containerd/api/types/task"
@@ -14,6 +15,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 )
@@ -200,15 +202,14 @@ func (s *service) Kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty
 	if err != nil {
 		return nil, toGRPC(err)
 	}
-	answer, err := ask(ctx, p, func(ctx context.Context, guest task.TTRPCTaskService) (*emptypb.Empty, error) {
-		return guest.Kill(ctx, &task.KillRequest{ID: r.ID, ExecID: r.ExecID, Signal: r.Signal, All: r.All})
-	})
 	if r.ExecID == "" && r.Signal == uint32(unix.SIGKILL) {
-		// A guest that does not do this would keep its pod, and all that waits for its end, for
-		// ever.
+		// A guest that does not do this, or does not even read it, would keep its pod, and all that
+		// waits for its end, for ever.
 		go p.mustEnd()
 	}
-	return answer, err
+	return ask(ctx, p, func(ctx context.Context, guest task.TTRPCTaskService) (*emptypb.Empty, error) {
+		return guest.Kill(ctx, &task.KillRequest{ID: r.ID, ExecID: r.ExecID, Signal: r.Signal, All: r.All})
+	})
 }
 
 // mustEnd ends the machine if it does not end the process.
@@ -290,6 +291,19 @@ func (s *service) Pids(ctx context.Context, r *task.PidsRequest) (*task.PidsResp
 // metricsType is the one type of metrics that a guest may answer with.
 const metricsType = "io.containerd.cgroups.v2.Metrics"
 
+// checkMetrics returns a guest's metrics as what they say they are, and nothing else.
+func checkMetrics(answer *anypb.Any) (*anypb.Any, error) {
+	if answer.GetTypeUrl() != metricsType {
+		return nil, fmt.Errorf("the guest answers with metrics of type %q", bounded(answer.GetTypeUrl()))
+	}
+	var metrics stats.Metrics
+	if err := (proto.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(answer.GetValue(), &metrics); err != nil {
+		return nil, fmt.Errorf("the guest's metrics: %w", err)
+	}
+	value, err := proto.Marshal(&metrics)
+	return &anypb.Any{TypeUrl: metricsType, Value: value}, err
+}
+
 // Stats implements the Task service. It is answered after the end of a container, too:
 // containerd looks there for an out-of-memory kill.
 func (s *service) Stats(ctx context.Context, r *task.StatsRequest) (*task.StatsResponse, error) {
@@ -303,10 +317,11 @@ func (s *service) Stats(ctx context.Context, r *task.StatsRequest) (*task.StatsR
 	if err != nil {
 		return nil, toGRPC(err)
 	}
-	if answer.Stats.GetTypeUrl() != metricsType {
-		return nil, toGRPC(fmt.Errorf("the guest answers with metrics of type %q", answer.Stats.GetTypeUrl()))
+	metrics, err := checkMetrics(answer.GetStats())
+	if err != nil {
+		return nil, toGRPC(err)
 	}
-	return answer, nil
+	return &task.StatsResponse{Stats: metrics}, nil
 }
 
 // Pause implements the Task service.

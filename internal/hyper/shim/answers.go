@@ -1,0 +1,112 @@
+package shim
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/ttrpc"
+)
+
+func newTaskClient(conn net.Conn) *ttrpc.Client {
+	return ttrpc.NewClient(&answers{Conn: conn}, ttrpc.WithUnaryClientInterceptor(shortRefusals))
+}
+
+// answers is a ttrpc connection to a guest that gets no more answers than it has asked
+// questions, none larger than ttrpc takes, and every question off within callTimeout.
+// Otherwise it ends. ttrpc writes a line to the node's log for each answer that nobody
+// waits for, and waits for ever for a guest that reads nothing.
+type answers struct {
+	net.Conn
+
+	mu       sync.Mutex
+	out, in  messages
+	asked    int
+	answered int
+}
+
+// Write implements net.Conn.
+func (a *answers) Write(b []byte) (int, error) {
+	a.mu.Lock()
+	asked, err := a.out.count(b)
+	a.asked += asked
+	a.mu.Unlock()
+	if err == nil {
+		err = a.SetWriteDeadline(time.Now().Add(callTimeout))
+	}
+	n := 0
+	if err == nil {
+		n, err = a.Conn.Write(b)
+	}
+	if err != nil {
+		_ = a.Close() // half a message may be out
+	}
+	return n, err
+}
+
+// Read implements net.Conn.
+func (a *answers) Read(b []byte) (int, error) {
+	n, err := a.Conn.Read(b)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	answered, wrong := a.in.count(b[:n])
+	if a.answered += answered; wrong == nil && a.answered > a.asked {
+		wrong = fmt.Errorf("the guest gives %d answers to %d questions", a.answered, a.asked)
+	}
+	if wrong != nil {
+		return 0, wrong
+	}
+	return n, err
+}
+
+// messages counts ttrpc's messages as they pass by:
+// https://github.com/containerd/ttrpc/blob/main/PROTOCOL.md
+type messages struct {
+	header  [10]byte
+	have    int    // of the header's bytes
+	payload uint32 // bytes of the message's that are to come
+}
+
+const largestMessage = 4 << 20
+
+// count returns how many messages begin with what completes a header in b.
+func (m *messages) count(b []byte) (n int, err error) {
+	for len(b) > 0 {
+		if m.payload > 0 {
+			skip := min(uint32(len(b)), m.payload)
+			m.payload -= skip
+			b = b[skip:]
+			continue
+		}
+		copied := copy(m.header[m.have:], b)
+		m.have += copied
+		b = b[copied:]
+		if m.have < len(m.header) {
+			break
+		}
+		m.have = 0
+		n++
+		if m.payload = binary.BigEndian.Uint32(m.header[:4]); m.payload > largestMessage {
+			return n, fmt.Errorf("a message of %d bytes: %d are allowed", m.payload, largestMessage)
+		}
+	}
+	return n, nil
+}
+
+// shortRefusals cuts what the guest says when it refuses: it goes into events and logs.
+func shortRefusals(ctx context.Context, request *ttrpc.Request, response *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
+	err := invoke(ctx, request, response)
+	if s := response.GetStatus(); s != nil {
+		s.Message, s.Details = bounded(s.Message), nil
+	}
+	return err
+}
+
+// bounded is the beginning of what a guest says.
+func bounded(text string) string {
+	return strings.ToValidUTF8(text[:min(len(text), maxMessage)], "")
+}
