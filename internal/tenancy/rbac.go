@@ -17,6 +17,7 @@ const (
 	roleEdit           = "edit"
 	roleView           = "view"
 	roleNamespaceOwner = "h8s:namespace-owner"
+	rolePodDebugger    = "h8s:pod-debugger"
 	roleTenantCreator  = "h8s:tenant-creator"
 )
 
@@ -51,6 +52,7 @@ func RoleBindings(t *v1alpha1.Tenant, namespace string, disabled Disabled) []rba
 		{BindingPrefix + "admin", roleAdmin, []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin}},
 		{BindingPrefix + "edit", roleEdit, []v1alpha1.Role{v1alpha1.RoleEdit}},
 		{roleNamespaceOwner, roleNamespaceOwner, []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin}},
+		{rolePodDebugger, rolePodDebugger, []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit}},
 		{BindingPrefix + "view", roleView, []v1alpha1.Role{v1alpha1.RoleView}},
 	} {
 		subjects := subjects(t, disabled, b.of...)

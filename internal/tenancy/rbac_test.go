@@ -38,6 +38,7 @@ func TestRoleBindings(t *testing.T) {
 				"h8s:admin -> admin: Group/admins User/olga",
 				"h8s:edit -> edit: ServiceAccount/ci/bot",
 				"h8s:namespace-owner -> h8s:namespace-owner: Group/admins User/olga",
+				"h8s:pod-debugger -> h8s:pod-debugger: Group/admins ServiceAccount/ci/bot User/olga",
 				"h8s:view -> view: User/vera",
 			},
 			cluster: []string{

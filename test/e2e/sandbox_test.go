@@ -97,9 +97,6 @@ func testKernel(t *testing.T, tn tenant) {
 		})
 	}
 	t.Run("ephemeral", func(t *testing.T) {
-		// The role "admin" has no pods/ephemeralcontainers; an operator may give it.
-		kubectl(t, admin, "create", "role", "debug", "--verb=get,patch,update", "--resource=pods/ephemeralcontainers", "-n", tn.ns)
-		kubectl(t, admin, "create", "rolebinding", "debug", "--role=debug", "--user="+tn.owner, "-n", tn.ns)
 		target := "bare-" + nodes(t)[0]
 		debug := func(name, profile string) []string {
 			return []string{

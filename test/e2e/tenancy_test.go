@@ -156,7 +156,7 @@ func manifest(t testing.TB, yaml string) string {
 
 // ownNamespace is what an owner may do in a namespace of her tenant, resources and
 // verbs as `kubectl api-resources -o wide` names them: the aggregated role "admin"
-// of Kubernetes 1.36. Every other pair that the API server knows is forbidden.
+// of Kubernetes 1.36, and kubectl debug. Every other pair that the API server knows is forbidden.
 var ownNamespace = func() map[string][]string {
 	const (
 		read  = "get list watch "
@@ -176,6 +176,7 @@ var ownNamespace = func() map[string][]string {
 			deployments.apps/status statefulsets.apps/status daemonsets.apps/status replicasets.apps/status
 			horizontalpodautoscalers.autoscaling/status jobs.batch/status cronjobs.batch/status
 			poddisruptionbudgets.policy/status ingresses.networking.k8s.io/status resourceclaims.resource.k8s.io/status`},
+		{"get update patch", `pods/ephemeralcontainers`},
 		{"create", `pods/eviction serviceaccounts/token localsubjectaccessreviews.authorization.k8s.io`},
 		{"impersonate", `serviceaccounts`},
 	} {
@@ -351,7 +352,7 @@ var notFor = map[string][]string{
 	"edit": {"roles.rbac.authorization.k8s.io", "rolebindings.rbac.authorization.k8s.io", "localsubjectaccessreviews.authorization.k8s.io"},
 	"view": {
 		"roles.rbac.authorization.k8s.io", "rolebindings.rbac.authorization.k8s.io", "secrets", "leases.coordination.k8s.io",
-		"pods/attach", "pods/exec", "pods/portforward", "pods/proxy", "services/proxy",
+		"pods/attach", "pods/exec", "pods/portforward", "pods/proxy", "pods/ephemeralcontainers", "services/proxy",
 	},
 }
 
