@@ -16,8 +16,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/containerd/api/types"
 	"golang.org/x/sys/unix"
@@ -150,7 +152,12 @@ func build(ctx context.Context, layer, file string) error {
 	if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	out, err := exec.CommandContext(ctx, "mkfs.erofs", "--quiet", file, layer).CombinedOutput()
+	cmd := exec.CommandContext(ctx, "mkfs.erofs", "--quiet", file, layer)
+	// Whoever asks may be killed. The signal comes with the end of the thread that forks.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread()
+	out, err := cmd.CombinedOutput()
+	runtime.UnlockOSThread()
 	if ctx.Err() != nil {
 		return fmt.Errorf("mkfs.erofs: %w", context.Cause(ctx))
 	}
@@ -168,8 +175,9 @@ func build(ctx context.Context, layer, file string) error {
 	return f.Sync() // before the rename: a crash must not leave a hole under the good name
 }
 
-// Collect removes the images of layers that are gone. Machines that run from such an
-// image keep it, as they have it open.
+// Collect removes the images of layers that are gone, and what was left half-written by
+// somebody who was killed. Machines that run from such an image keep it, as they have it
+// open.
 func (c *Cache) Collect() error {
 	links, err := filepath.Glob(filepath.Join(c.dir, "*"+sourceSuffix))
 	if err != nil {
@@ -191,8 +199,13 @@ func (c *Cache) collect(link string) error {
 	if err != nil {
 		return err
 	}
+	// The link last: what is left of an interrupted removal is found by it.
+	suffixes := []string{imageSuffix, partialSuffix, sourceSuffix, lockSuffix}
 	if now, err := serialOf(layer); err == nil && now == serial {
-		return nil
+		suffixes = []string{partialSuffix}
+		if _, err := os.Lstat(filepath.Join(c.dir, serial+partialSuffix)); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
 	}
 	lock, err := os.OpenFile(filepath.Join(c.dir, serial+lockSuffix), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
@@ -202,8 +215,7 @@ func (c *Cache) collect(link string) error {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil // somebody is making it
 	}
-	// The link last: what is left of an interrupted removal is found by it.
-	for _, suffix := range []string{imageSuffix, partialSuffix, sourceSuffix, lockSuffix} {
+	for _, suffix := range suffixes {
 		if err := os.Remove(filepath.Join(c.dir, serial+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

@@ -164,6 +164,28 @@ func TestCollect(t *testing.T) {
 	}
 }
 
+// What somebody began to write who was killed goes; what somebody is writing stays.
+func TestCollectHalfWritten(t *testing.T) {
+	for name, test := range map[string]struct{ writing, want bool }{"abandoned": {false, false}, "being written": {true, true}} {
+		t.Run(name, func(t *testing.T) {
+			c, source := newCache(t), layer(t)
+			image, err := c.Ensure(t.Context(), source)
+			must(t, err)
+			partial := filepath.Join(c.dir, image.Serial+partialSuffix)
+			must(t, os.Rename(image.Path, partial))
+			if test.writing {
+				unlock, err := c.lock(t.Context(), image.Serial)
+				must(t, err)
+				defer unlock()
+			}
+			must(t, c.Collect())
+			if _, err := os.Stat(partial); (err == nil) != test.want {
+				t.Errorf("%v, want it there: %v", err, test.want)
+			}
+		})
+	}
+}
+
 func TestDirectories(t *testing.T) {
 	for name, test := range map[string]struct {
 		mounts []*types.Mount

@@ -12,7 +12,9 @@ import (
 
 	"github.com/containerd/cgroups/v3"
 	"github.com/containerd/cgroups/v3/cgroup1"
+	stats1 "github.com/containerd/cgroups/v3/cgroup1/stats"
 	"github.com/containerd/cgroups/v3/cgroup2"
+	stats2 "github.com/containerd/cgroups/v3/cgroup2/stats"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
@@ -83,6 +85,22 @@ func cgroupMetrics(path string) (any, error) {
 		return nil, err
 	}
 	return group.Stat(cgroup1.IgnoreNotExist)
+}
+
+// oomKilled says whether the node's kernel has killed a process of the cgroup for want of
+// memory.
+func oomKilled(path string) bool {
+	metrics, err := cgroupMetrics(path)
+	if err != nil {
+		return false
+	}
+	switch m := metrics.(type) {
+	case *stats1.Metrics:
+		return m.GetMemoryOomControl().GetOomKill() > 0
+	case *stats2.Metrics:
+		return m.GetMemoryEvents().GetOomKill() > 0
+	}
+	return false
 }
 
 // allowOOMKill makes QEMU as eligible for the OOM killer as its pod is: what it inherits

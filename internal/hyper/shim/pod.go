@@ -227,7 +227,12 @@ func (p *pod) watch() {
 	if !stopping {
 		log.L.WithError(why).WithField("console", p.console.String()).Error("the virtual machine has ended")
 	}
+	// The containers have died of it, whoever in the pod took the memory.
+	outOfMemory := errors.Is(why, vm.ErrDied) && p.left.Cgroup != "" && oomKilled(p.left.Cgroup)
 	for _, c := range containers {
+		if outOfMemory && !c.init.ended() {
+			p.publish("/tasks/oom", &events.TaskOOM{ContainerID: c.id})
+		}
 		c.end(p.exited)
 	}
 	p.guest.close()
