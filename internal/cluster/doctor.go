@@ -2,15 +2,12 @@ package cluster
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"h8s.io/hypernetes/internal/hyper/accel"
 )
@@ -152,23 +149,7 @@ func diagnoseAgentLeftovers(pid int, state string) Check {
 }
 
 // agentRuns says whether a node agent has its state directory locked.
-func agentRuns(state string) (bool, error) {
-	f, err := os.Open(filepath.Join(state, "lock"))
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("look whether a node agent runs: %w", err)
-	}
-	defer f.Close()
-	switch err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); {
-	case errors.Is(err, unix.EWOULDBLOCK):
-		return true, nil
-	case err != nil:
-		return false, fmt.Errorf("look whether a node agent runs: %w", err)
-	}
-	return false, nil
-}
+func agentRuns(state string) (bool, error) { return isLocked(filepath.Join(state, "lock")) }
 
 // cgroupClusters are the names of clusters that have cgroups.
 func cgroupClusters() ([]string, error) {
@@ -230,12 +211,20 @@ func (c *Config) diagnose(ctx context.Context) []Check {
 	default:
 		checks = append(checks, passed(name+" networks", "no leftover portals, links, routes, nftables tables, Blocks or addresses"))
 	}
-	return checks
+	machines := passed(name+" virtual machines", "no leftover processes, directories, cgroups or half-written files")
+	switch left, err := c.machineLeftovers(); {
+	case err != nil:
+		machines.Status, machines.Detail = CheckFail, err.Error()
+	case len(left) > 0:
+		machines.Status, machines.Detail = CheckFail, strings.Join(left, "; ")
+		machines.Fix = "nothing, if its pod ended a moment ago; else nobody uses it: end the processes, remove the directories, cgroups and files"
+	}
+	return append(checks, machines)
 }
 
 // diagnoseAccelerators says what executes the virtual machines of each node.
 func (c *Config) diagnoseAccelerators() Check {
-	name := "cluster " + c.Name + " virtual machines"
+	name := "cluster " + c.Name + " accelerators"
 	var found []string
 	for _, n := range c.Nodes {
 		choice, ok, err := accel.Recorded(c.state().node(n.Name, accel.DefaultDir))
