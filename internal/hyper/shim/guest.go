@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -97,6 +98,9 @@ func (g *guest) do(ctx context.Context, method, path string, body io.Reader) (*h
 	}
 	response, err := g.http.Do(request)
 	if err != nil {
+		if text := err.Error(); len(text) > maxMessage {
+			err = errors.New(bounded(text)) // it quotes the guest
+		}
 		return nil, fmt.Errorf("ask the guest: %w", err)
 	}
 	if response.StatusCode >= http.StatusMultipleChoices {
