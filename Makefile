@@ -94,7 +94,7 @@ $(BIN)/.version:
 images: $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) ## container images, as archives in bin/images
 
 # Of our programs and of Debian's. An archive that is right already is not written again.
-$(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) &: $(filter-out %_test.go,$(wildcard images/*.go images/pause/*)) go.mod $(DPKG) $(BIN)/.deps $(BIN)/agnhost $(addprefix $(BIN)/,$(OURS))
+$(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) &: $(filter-out %_test.go,$(wildcard images/*.go images/pause/*)) go.mod $(DPKG) $(BIN)/.deps $(BIN)/agnhost $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img $(addprefix $(BIN)/,$(OURS))
 	$(call step,build images,go run ./images --bin $(BIN) --out $(BIN)/images $(IMAGES) && touch $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))))
 
 # The VM sandbox. Its guest has no dynamic loader: both of its programs must be static.

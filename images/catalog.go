@@ -145,8 +145,17 @@ func h8s(_ context.Context, bin string) (content, error) {
 		}
 		programs["/usr/local/bin/"+name] = f
 	}
+	// For nodes that do not have them otherwise (the chart's hyper.install).
+	hyper := tree{}
+	for _, name := range []string{"containerd-shim-hyper-v1", "hyper/vmlinuz", "hyper/initrd.img"} {
+		f, err := program(filepath.Join(bin, name), "run `make hyper`")
+		if err != nil {
+			return content{}, err
+		}
+		hyper["/usr/local/lib/h8s/"+name] = f
+	}
 	return content{
-		layers: []tree{tools, programs},
+		layers: []tree{tools, hyper, programs},
 		config: v1.Config{Env: []string{defaultPath}, WorkingDir: "/"},
 	}, nil
 }

@@ -19,9 +19,10 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"h8s.io/hypernetes/internal/agent"
-	"h8s.io/hypernetes/internal/hyper/accel"
 	"h8s.io/hypernetes/internal/cni"
 	"h8s.io/hypernetes/internal/dns"
+	"h8s.io/hypernetes/internal/hyper/accel"
+	"h8s.io/hypernetes/internal/hyper/install"
 	"h8s.io/hypernetes/internal/portal"
 )
 
@@ -41,6 +42,9 @@ type options struct {
 	serviceCIDRs, podCIDRs   []string
 	infrastructure, denied   []string
 	resolvConf               []string
+	hyperSource              string
+	hyperInstallDir          string
+	containerdConfDir        string
 	kubeconfig, health, logs string
 }
 
@@ -81,25 +85,33 @@ func command() *cobra.Command {
 	f.StringVar(&cfg.StateDir, "state-dir", "/var/lib/h8s", "where attachments are recorded")
 	f.StringVar(&cfg.NetnsDir, "netns-dir", "/run/netns", "where portals are bound")
 	f.StringVar(&cfg.HyperDir, "hyper-dir", accel.DefaultDir, "where containerd-shim-hyper-v1 records what executes virtual machines (its runDir)")
+	f.StringVar(&opts.hyperInstallDir, "hyper-install-dir", "", "where to install the runtime of virtual machines; empty: nowhere")
+	f.StringVar(&opts.hyperSource, "hyper-source", "/usr/local/lib/h8s", "where it is copied from")
+	f.StringVar(&opts.containerdConfDir, "containerd-conf-dir", "/etc/containerd/conf.d", "where containerd's configuration for it is written")
 	f.StringVar(&opts.health, "health-address", "127.0.0.1:9476", "where /healthz and /readyz are answered; empty: nowhere")
 	f.DurationVar(&cfg.BlockGrace, "block-grace", 2*time.Minute, "how long a Block without pods is kept")
 	f.StringVar(&opts.logs, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&opts.kubeconfig, "kubeconfig", "", "how to reach the API server (default: as a pod does)")
-	cmd.AddCommand(uninstall(&cfg))
-	cmd.PersistentFlags().AddFlag(f.Lookup("cni-bin-dir"))
-	cmd.PersistentFlags().AddFlag(f.Lookup("cni-conf-dir"))
+	cmd.AddCommand(uninstall(&cfg, &opts))
+	for _, name := range []string{"cni-bin-dir", "cni-conf-dir", "hyper-install-dir", "containerd-conf-dir"} {
+		cmd.PersistentFlags().AddFlag(f.Lookup(name))
+	}
 	return cmd
 }
 
 // uninstall hands the node's pods back to the default network; for the time when
 // the product has left the cluster.
-func uninstall(cfg *agent.Config) *cobra.Command {
+func uninstall(cfg *agent.Config, opts *options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "uninstall",
 		Short: "Remove the CNI plugin, its configuration and the guard rules from this node, on which no agent runs any more",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return errors.Join(cni.Uninstall(cfg.CNIBinDir, cfg.CNIConfDir), portal.RemoveGuard(cmd.Context()))
+			err := errors.Join(cni.Uninstall(cfg.CNIBinDir, cfg.CNIConfDir), portal.RemoveGuard(cmd.Context()))
+			if opts.hyperInstallDir != "" {
+				err = errors.Join(err, install.Remove(opts.hyperInstallDir, opts.containerdConfDir))
+			}
+			return err
 		},
 	}
 }
@@ -160,6 +172,15 @@ func run(ctx context.Context, cfg agent.Config, opts options) error {
 		return fmt.Errorf("--log-level: %w", err)
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	if opts.hyperInstallDir != "" {
+		restart, err := install.Ensure(opts.hyperSource, opts.hyperInstallDir, opts.containerdConfDir)
+		if err != nil {
+			return err
+		}
+		if restart {
+			log.Warn("restart containerd on this node: it does not know the runtime hyper yet", "configuration", opts.containerdConfDir)
+		}
+	}
 	config, err := clientcmd.BuildConfigFromFlags("", opts.kubeconfig)
 	if err != nil {
 		return fmt.Errorf("find the API server: %w", err)

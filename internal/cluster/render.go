@@ -6,6 +6,8 @@ import (
 	"os"
 	"strconv"
 	"strings"
+
+	"h8s.io/hypernetes/internal/hyper/install"
 )
 
 // file is a file to write, its path relative to a node's /etc.
@@ -47,6 +49,7 @@ func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
 	files := []file{
 		{"containerd/config.toml", 0o644, []byte(containerdConfig(snapshotter))},
 		{"containerd/runsc.toml", 0o644, []byte(runscConfig)},
+		{"containerd/conf.d/hyper.toml", 0o644, install.Containerd("")},
 		{"cni/net.d/10-default.conflist", 0o644, defaultNetwork(n)},
 		{"kubernetes/kubelet.yaml", 0o644, []byte(kubeletConfig(c, n))},
 		{"kubernetes/kube-proxy.yaml", 0o644, []byte(kubeProxyConfig(n))},
@@ -245,12 +248,6 @@ imports = ["/etc/containerd/conf.d/*.toml"]
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runsc.options]
   TypeUrl = "io.containerd.runsc.v1.options"
   ConfigPath = "/etc/containerd/runsc.toml"
-
-# One shim and one virtual machine per pod, and no pause container.
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.hyper]
-  runtime_type = "io.containerd.hyper.v1"
-  sandboxer = "shim"
-  disable_pause_image_pull = true
 
 [plugins."io.containerd.transfer.v1.local"]
   [[plugins."io.containerd.transfer.v1.local".unpack_config]]

@@ -77,6 +77,8 @@ func TestPodPolicy(t *testing.T) {
 		"no runtime":          {func(p *corev1.Pod) { p.Spec.RuntimeClassName = ptr.To("") }, "resource name may not be empty"},
 		"another network":     {annotation(v1alpha1.AnnotationNetworks, "globex"), "is set at admission to the Network of the namespace (pods)"},
 		"no network":          {annotation(v1alpha1.AnnotationNetworks, ""), "is set at admission"},
+		"another tenant":      {annotation(v1alpha1.AnnotationTenant, "globex"), "the annotation h8s.io/tenant is set at admission"},
+		"no tenant":           {annotation(v1alpha1.AnnotationTenant, ""), "the annotation h8s.io/tenant is set at admission"},
 		"node name":           {func(p *corev1.Pod) { p.Spec.NodeName = "n1" }, "spec.nodeName may not be set"},
 		"system priority":     {func(p *corev1.Pod) { p.Spec.PriorityClassName = "system-node-critical" }, "belong to the cluster"},
 		"static pod source":   {annotation("kubernetes.io/config.source", "file"), "instructions to the node"},
@@ -131,7 +133,7 @@ func TestPodPolicy(t *testing.T) {
 		if err := alice.Create(ctx, p); err != nil {
 			t.Fatal(err)
 		}
-		if ptr.Deref(p.Spec.RuntimeClassName, "") != "gvisor" || p.Annotations[v1alpha1.AnnotationNetworks] != "pods" || p.Annotations["mine"] != "x" {
+		if ptr.Deref(p.Spec.RuntimeClassName, "") != "gvisor" || p.Annotations[v1alpha1.AnnotationNetworks] != "pods" || p.Annotations["mine"] != "x" || p.Annotations[v1alpha1.AnnotationTenant] != "pods" {
 			t.Errorf("runtimeClassName %v, annotations %v", p.Spec.RuntimeClassName, p.Annotations)
 		}
 	})
@@ -148,6 +150,8 @@ func TestPodPolicy(t *testing.T) {
 			"an image":                {`{"spec":{"containers":[{"name":"main","image":"localhost/agnhost:latest"}]}}`, ""},
 			"the network":             {`{"metadata":{"annotations":{"h8s.io/networks":"globex"}}}`, "never changes"},
 			"no network":              {`{"metadata":{"annotations":{"h8s.io/networks":null}}}`, "never changes"},
+			"the tenant":              {`{"metadata":{"annotations":{"h8s.io/tenant":"globex"}}}`, "never changes"},
+			"no tenant":               {`{"metadata":{"annotations":{"h8s.io/tenant":null}}}`, "never changes"},
 			"a static pod annotation": {`{"metadata":{"annotations":{"kubernetes.io/config.source":"file"}}}`, "instructions to the node"},
 			"the runtime":             {`{"spec":{"runtimeClassName":"runc"}}`, "may not change fields"},
 			"the host's network":      {`{"spec":{"hostNetwork":true}}`, "may not change fields"},

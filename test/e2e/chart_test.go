@@ -146,6 +146,35 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 		}
 	})
 
+	t.Run("Hyper", func(t *testing.T) {
+		shell(t, documented(t, "docs/operations.md", "hyper.install=true"))
+		rolledOut(t, "h8s-system", "daemonset/h8s-node")
+		for _, n := range nodes(t) {
+			if _, err := tryNode(n, "pkill -KILL -x containerd"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", `{"spec":{"sandbox":{"allowed":["gvisor","hyper"]}}}`)
+		eventually(t, 60*time.Second, func() error {
+			_, err := try(tn.owner, "run", "machine", "-n", tn.ns, "--image=localhost/agnhost:latest", "--image-pull-policy=Never", `--overrides={"spec":{"runtimeClassName":"hyper"}}`, "--", "pause")
+			return err
+		})
+		tn.waitReady(t, "machine")
+		node := kubectl(t, tn.owner, "get", "pod", "machine", "-n", tn.ns, "-o", "jsonpath={.spec.nodeName}")
+		if out, err := tryNode(node, "readlink /proc/$(pgrep -f containerd-shim-hyper-v1 | head -1)/exe"); err != nil || strings.TrimSpace(out) != "/opt/h8s/containerd-shim-hyper-v1" {
+			t.Errorf("the pod's shim is %s, %v", out, err)
+		}
+		if out, err := tryNode(node, "/opt/h8s/containerd-shim-hyper-v1 probe"); err != nil || !strings.HasPrefix(out, "tcg: ") && !strings.HasPrefix(out, "kvm: ") {
+			t.Errorf("probe: %s, %v", out, err)
+		}
+		eventually(t, 60*time.Second, func() error {
+			if got := kubectl(t, admin, "get", "node", node, "-o", `jsonpath={.metadata.labels.h8s\.io/hyper}`); got != "kvm" && got != "tcg" {
+				return fmt.Errorf("the label of node %s is %q", node, got)
+			}
+			return nil
+		})
+	})
+
 	t.Run("Uninstall", func(t *testing.T) {
 		kubectl(t, admin, "label", "namespace", shop.ns, "h8s.io/tenant-")
 		eventually(t, 20*time.Second, func() error {
@@ -168,7 +197,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 			shell(t, debug)
 			// Any path, link or table of ours would be printed.
 			eventually(t, 30*time.Second, func() error {
-				left, err := tryNode(n, `ls -d /etc/cni/net.d/*h8s* /opt/cni/bin/*h8s* /run/netns/h8s-* 2>/dev/null; ip -br link | grep h8su; nft list tables | grep -x "table inet h8s"; ip route | grep 169.254.77; true`)
+				left, err := tryNode(n, `ls -d /etc/containerd/conf.d/*h8s* /opt/h8s/*hyper* /etc/cni/net.d/*h8s* /opt/cni/bin/*h8s* /run/netns/h8s-* 2>/dev/null; ip -br link | grep h8su; nft list tables | grep -x "table inet h8s"; ip route | grep 169.254.77; true`)
 				if err != nil || left != "" {
 					return fmt.Errorf("node %s is not clean: %s, %w", n, left, err)
 				}
