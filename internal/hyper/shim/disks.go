@@ -63,7 +63,7 @@ func (p *pod) attachLayer(ctx context.Context, dir string) (serial string, err e
 	}
 	err = p.vm.AddDisk(ctx, vm.Disk{
 		Serial: image.Serial, ReadOnly: true,
-		Backend: map[string]any{"driver": "file", "filename": image.Path, "read-only": true},
+		Backend: map[string]any{"driver": "file", "filename": image.Path},
 	})
 	if err != nil {
 		return "", err

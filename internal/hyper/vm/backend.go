@@ -2,27 +2,30 @@ package vm
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // handOver returns a backend that QEMU, which may open none of our files, can use in
-// place of this one: the file, or the Unix socket's connection, is open and QEMU's. Others
+// place of the disk's: the file, or the Unix socket's connection, is open and QEMU's. Others
 // stay as they are, such as those that are reached by TCP. When QEMU has taken the
 // backend, or refused it, the caller calls release.
-func (v *VM) handOver(ctx context.Context, backend map[string]any, readOnly bool) (_ map[string]any, release func(), err error) {
-	backend = maps.Clone(backend)
+func (v *VM) handOver(ctx context.Context, id string, d Disk) (backend map[string]any, release func(), err error) {
+	if backend = maps.Clone(d.Backend); backend == nil {
+		backend = map[string]any{}
+	}
+	backend["read-only"], backend["discard"] = d.ReadOnly, "unmap"
 	switch backend["driver"] {
 	case "file", "host_device":
 		path, _ := backend["filename"].(string)
-		mode := os.O_RDWR
-		if readOnly {
-			mode = os.O_RDONLY
-		}
-		file, err := os.OpenFile(path, mode, 0)
+		file, err := openBackend(path, d.ReadOnly)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -47,14 +50,38 @@ func (v *VM) handOver(ctx context.Context, backend map[string]any, readOnly bool
 			return nil, nil, err
 		}
 		defer file.Close()
-		const name = "backend" // disks are changed one at a time
-		if err := v.monitor.SendFile(ctx, name, file); err != nil {
+		if err := v.monitor.SendFile(ctx, id, file); err != nil {
 			return nil, nil, err
 		}
-		backend["server"] = map[string]any{"type": "fd", "str": name}
-		return backend, func() { v.release("closefd", map[string]any{"fdname": name}) }, nil
+		backend["server"] = map[string]any{"type": "fd", "str": id}
+		return backend, func() { v.release("closefd", map[string]any{"fdname": id}) }, nil
 	}
 	return backend, func() {}, nil
+}
+
+// openBackend opens a disk's file. A device that can be written is ours alone: nobody can
+// mount it meanwhile.
+func openBackend(name string, readOnly bool) (*os.File, error) {
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	// Others have neither content nor size; and to open a FIFO is to wait.
+	if m := info.Mode(); !m.IsRegular() && m.Type() != fs.ModeDevice {
+		return nil, fmt.Errorf("%s is neither a file nor a block device", name)
+	}
+	flags := os.O_RDONLY
+	if !readOnly {
+		flags = os.O_RDWR
+		if !info.Mode().IsRegular() {
+			flags |= os.O_EXCL
+		}
+	}
+	f, err := os.OpenFile(name, flags, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return nil, fmt.Errorf("%w (%w)", ErrInUse, err)
+	}
+	return f, err
 }
 
 // dialFile connects to a Unix socket.

@@ -18,11 +18,14 @@ type Disk struct {
 	Serial   string
 	ReadOnly bool
 	// Backend is where the disk's content is: the BlockdevOptions of a protocol node,
-	// such as {"driver": "file", "filename": "/…"} or {"driver": "nbd", "server": …}.
-	// Its format is raw. Files, and the Unix sockets of nbd, are opened by us: QEMU's user
+	// such as {"driver": "file", "filename": "/…"}, {"driver": "host_device", "filename":
+	// "/dev/…"} or {"driver": "nbd", "server": …}. Its format is raw. Files, and the Unix sockets of nbd, are opened by us: QEMU's user
 	// need not, and cannot connect to such a socket again.
 	Backend map[string]any
 }
+
+// ErrInUse is why a disk is not added that another machine, or the host, uses.
+var ErrInUse = errors.New("it is in use: by another virtual machine, or mounted on this node")
 
 const (
 	// diskTimeout bounds a change of disks, which includes connecting to a backend.
@@ -47,7 +50,7 @@ func (v *VM) AddDisk(ctx context.Context, d Disk) error {
 		if err := v.removeNode(ctx, id); err != nil {
 			return err
 		}
-		backend, release, err := v.handOver(ctx, d.Backend, d.ReadOnly)
+		backend, release, err := v.handOver(ctx, id, d)
 		if err != nil {
 			return err
 		}
@@ -63,11 +66,21 @@ func (v *VM) AddDisk(ctx context.Context, d Disk) error {
 			"rerror": "report", "werror": "report",
 		}, nil)
 		if err != nil {
-			err = errors.Join(err, v.removeNode(ctx, id))
+			err = errors.Join(inUse(err), v.removeNode(ctx, id))
 		}
 		return err
 	})
 }
+
+// inUse tells an image that another QEMU has locked from what else may be wrong.
+func inUse(err error) error {
+	if refused := (*qmp.Error)(nil); errors.As(err, &refused) && lockRefusal.MatchString(refused.Desc) {
+		return fmt.Errorf("%w (%w)", ErrInUse, err)
+	}
+	return err
+}
+
+var lockRefusal = regexp.MustCompile(`^Failed to get (shared )?".*" lock`)
 
 // RemoveDisk takes a disk away, which the guest should not be using any more. It
 // returns when QEMU has let go of its backend. It is idempotent.

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -96,6 +97,8 @@ func testDisks(t *testing.T, g *guest) {
 			"long serial":    {Serial: strings.Repeat("a", maxSerial+1), Backend: backend},
 			"odd serial":     {Serial: "a,b", Backend: backend},
 			"no backend":     {Serial: "a"},
+			"a directory":    {Serial: "e", Backend: map[string]any{"driver": "file", "filename": "/"}},
+			"a character":    {Serial: "f", Backend: map[string]any{"driver": "host_device", "filename": "/dev/zero"}},
 			"no such file":   {Serial: "b", Backend: map[string]any{"driver": "file", "filename": "/nonexistent"}},
 			"no such driver": {Serial: "c", Backend: map[string]any{"driver": "none"}},
 			"nobody listens": {Serial: "d", Backend: nbdOptions("/nonexistent")},
@@ -114,6 +117,39 @@ func testDisks(t *testing.T, g *guest) {
 					if err := g.RemoveDisk(deadline(t), disk.Serial); err != nil {
 						t.Error(err)
 					}
+				}
+			})
+		}
+	})
+	t.Run("in use", func(t *testing.T) {
+		options, _ := fileBackend(t, make([]byte, 1<<20))
+		loop, err := exec.Command("losetup", "--find", "--show", options["filename"].(string)).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		device := strings.TrimSpace(string(loop))
+		t.Cleanup(func() { _ = exec.Command("losetup", "--detach", device).Run() })
+		for name, backend := range map[string]map[string]any{
+			"file": options, "device": {"driver": "host_device", "filename": device},
+		} {
+			t.Run(name, func(t *testing.T) {
+				if err := g.AddDisk(deadline(t), Disk{Serial: "first", Backend: backend}); err != nil {
+					t.Fatal(err)
+				}
+				// One machine's two disks are no less strangers than two machines' are.
+				second := Disk{Serial: "second", Backend: backend}
+				err := g.AddDisk(deadline(t), second)
+				if !errors.Is(err, ErrInUse) {
+					t.Errorf("the second: %v, want ErrInUse", err)
+				}
+				if err := g.RemoveDisk(deadline(t), "first"); err != nil {
+					t.Fatal(err)
+				}
+				if err := g.AddDisk(deadline(t), second); err != nil {
+					t.Errorf("after the first was removed: %v", err)
+				}
+				if err := g.RemoveDisk(deadline(t), "second"); err != nil {
+					t.Fatal(err)
 				}
 			})
 		}
