@@ -61,7 +61,8 @@ func newNode(t testing.TB) *node {
 	must(t, os.MkdirAll(n.path("cni"), 0o755))
 	n.write("cni/10-pods.conflist", `{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "ptp", "mtu": 1400, "ipam": {
 		"type": "host-local", "dataDir": "`+n.path("ipam")+`", "ranges": [[{"subnet": "10.77.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}`)
-	n.write("hyper.yaml", "cacheDir: "+n.path("cache")+"\nrunDir: "+n.path("vm")+"\nkubeletDir: "+n.path("kubelet")+"\n")
+	n.write("hyper.yaml", "cacheDir: "+n.path("cache")+"\nrunDir: "+n.path("vm")+"\nkubeletDir: "+n.path("kubelet")+
+		"\ndirectVolumeDir: "+n.path("direct-volumes")+"\n")
 	n.write("containerd.toml", strings.NewReplacer("$DIR", dir, "$BIN", filepath.Dir(bin(t, "containerd"))).Replace(`version = 3
 root = "$DIR/root"
 state = "$DIR/state"

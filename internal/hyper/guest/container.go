@@ -44,7 +44,7 @@ func (c *containers) make(id string, container guestapi.Container) (err error) {
 		return badRequest("container %s has no layers", id)
 	}
 	bundle := filepath.Join(c.dir, id)
-	config, err := guestSpec(container.Spec, id)
+	config, err := c.guestSpec(container, id)
 	if err != nil {
 		return badRequest("container %s: specification: %w", id, err)
 	}
@@ -147,9 +147,9 @@ func copyAttributes(from, to string) error {
 // guestSpec is the host's specification with what is the guest's to say: where the
 // root is, and a cgroup below the one that leaves PID 1 its share. What it does not
 // know it keeps.
-func guestSpec(raw []byte, id string) ([]byte, error) {
+func (c *containers) guestSpec(container guestapi.Container, id string) ([]byte, error) {
 	var spec map[string]any
-	d := json.NewDecoder(bytes.NewReader(raw))
+	d := json.NewDecoder(bytes.NewReader(container.Spec))
 	d.UseNumber()
 	if err := d.Decode(&spec); err != nil {
 		return nil, err
@@ -164,6 +164,11 @@ func guestSpec(raw []byte, id string) ([]byte, error) {
 		return nil, err
 	}
 	linux["cgroupsPath"] = "/" + podCgroup + "/" + id
+	for _, d := range container.Devices {
+		if err := c.addDevice(linux, d); err != nil {
+			return nil, fmt.Errorf("device %s: %w", d.Path, err)
+		}
+	}
 	process, err := object(spec, "process")
 	if err != nil {
 		return nil, err
@@ -173,6 +178,34 @@ func guestSpec(raw []byte, id string) ([]byte, error) {
 		process["oomScoreAdj"] = 0
 	}
 	return json.Marshal(spec)
+}
+
+// addDevice adds a disk's node, and the right to use it.
+func (c *containers) addDevice(linux map[string]any, d guestapi.Device) error {
+	if err := checkName("disk", d.Serial); err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(c.layers, d.Serial), &st); err != nil {
+		return fmt.Errorf("disk %s: %w", d.Serial, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return fmt.Errorf("disk %s is mounted", d.Serial)
+	}
+	major, minor := unix.Major(st.Rdev), unix.Minor(st.Rdev)
+	resources, err := object(linux, "resources")
+	if err != nil {
+		return err
+	}
+	nodes, _ := linux["devices"].([]any)
+	linux["devices"] = append(nodes, map[string]any{
+		"path": d.Path, "type": "b", "major": major, "minor": minor, "fileMode": d.Mode, "uid": d.UID, "gid": d.GID,
+	})
+	rules, _ := resources["devices"].([]any)
+	resources["devices"] = append(rules, map[string]any{
+		"allow": true, "type": "b", "major": major, "minor": minor, "access": d.Access,
+	})
+	return nil
 }
 
 // object returns the object parent[name], made if it is not there.

@@ -77,6 +77,9 @@ func (g *guest) handler() http.Handler {
 		}
 		return g.disks.mount(r.Context(), r.PathValue("serial"), disk)
 	})
+	handle("PATCH /v1/disks/{serial}", func(r *http.Request) error {
+		return g.disks.directories(r.PathValue("serial"), r.Body)
+	})
 	handle("DELETE /v1/disks/{serial}", func(r *http.Request) error {
 		return g.disks.unmount(r.PathValue("serial"))
 	})
@@ -116,8 +119,10 @@ func (g *guest) handler() http.Handler {
 		}
 	})
 	mux.HandleFunc("GET /v1/events", g.sendEvents)
-	mux.HandleFunc("POST /v1/shutdown", func(w http.ResponseWriter, _ *http.Request) {
-		unix.Sync()
+	mux.HandleFunc("POST /v1/shutdown", func(w http.ResponseWriter, r *http.Request) {
+		if err := g.disks.settle(r.Context()); err != nil {
+			fmt.Fprintln(os.Stderr, "hyperinit: shutdown:", err)
+		}
 		w.Header().Set("Content-Length", "0")
 		w.WriteHeader(http.StatusAccepted)
 		// The answer comes before the end, if it can.

@@ -41,9 +41,13 @@ func Run() error {
 	if err != nil {
 		return err
 	}
+	devices, err := watchBlockDevices()
+	if err != nil {
+		return err
+	}
 	g := &guest{
 		events:     events,
-		disks:      newDisks(guestapi.DiskDir),
+		disks:      newDisks(guestapi.DiskDir, devices),
 		containers: newContainers(guestapi.BundleDir, guestapi.DiskDir),
 		volumes:    newVolumes(guestapi.VolumeDir),
 		powerOff:   powerOff,

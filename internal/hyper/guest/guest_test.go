@@ -6,6 +6,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -16,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"h8s.io/hypernetes/internal/hyper/guestapi"
 )
@@ -35,7 +38,7 @@ func TestGuestSpec(t *testing.T) {
 		"no JSON":   {spec: `{`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := guestSpec([]byte(test.spec), "c")
+			got, err := newContainers(t.TempDir(), t.TempDir()).guestSpec(guestapi.Container{Spec: []byte(test.spec)}, "c")
 			if (err == nil) != (test.want != "") {
 				t.Fatalf("error: %v", err)
 			}
@@ -95,9 +98,39 @@ func TestFindDisk(t *testing.T) {
 		}
 	}
 	for serial, want := range map[string]string{"first": "sda", "second": "sdb", "third": "", "": ""} {
-		if got, err := findDisk(block, serial); err != nil || got != want {
+		if got, err := findDisk(block, serial); got != want || (err == nil) != (want != "") || err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%q: %q (%v), want %q", serial, got, err, want)
 		}
+	}
+}
+
+func TestGiveToGroup(t *testing.T) {
+	dir := t.TempDir()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(os.Mkdir(filepath.Join(dir, "d"), 0o700))
+	must(os.WriteFile(filepath.Join(dir, "d", "f"), nil, 0o400))
+	must(os.Symlink("/etc", filepath.Join(dir, "link")))
+	look := func(name string) string {
+		var st unix.Stat_t
+		must(unix.Lstat(filepath.Join(dir, name), &st))
+		return fmt.Sprintf("%d %o", st.Gid, st.Mode&0o7777)
+	}
+	must(os.Chmod(dir, 0o755))
+	must(giveToGroup(dir, 2000))
+	for name, want := range map[string]string{".": "2000 2775", "d": "2000 2770", "d/f": "2000 660", "link": "2000 777"} {
+		if got := look(name); got != want {
+			t.Errorf("%s: %s, want %s", name, got, want)
+		}
+	}
+	must(os.Chmod(filepath.Join(dir, "d", "f"), 0o400))
+	must(giveToGroup(dir, 2000))
+	if got := look("d/f"); got != "2000 400" {
+		t.Errorf("a volume that has its group already is gone through again: %s", got)
 	}
 }
 

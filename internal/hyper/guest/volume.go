@@ -316,8 +316,8 @@ func setAttributes(root *os.Root, name string, h *tar.Header) error {
 	return root.Chtimes(name, time.Time{}, h.ModTime)
 }
 
-// scratch makes a volume that begins empty and is the containers' from then on; with a
-// size, it holds that many bytes at most. The archive may hold one entry, the root's
+// scratch makes a volume that begins empty and is the containers' from then on. It holds
+// size bytes at most, or half of the guest's memory. The archive may hold one entry, the root's
 // mode and owner. It is idempotent: a volume that is there stays as it is.
 func (v *volumes) scratch(name string, size int64, archive io.Reader) error {
 	if err := checkName("volume", name); err != nil {
@@ -359,10 +359,13 @@ func scratchAttributes(archive io.Reader) (*tar.Header, error) {
 }
 
 func setUpScratch(target string, size int64, attributes *tar.Header) error {
+	// Always a file system of its own: one that is full is full for nobody else.
+	limit := "size=50%"
 	if size > 0 {
-		if err := unix.Mount("scratch", target, "tmpfs", unix.MS_NODEV, fmt.Sprintf("size=%d", size)); err != nil {
-			return err
-		}
+		limit = fmt.Sprintf("size=%d", size)
+	}
+	if err := unix.Mount("scratch", target, "tmpfs", unix.MS_NODEV, limit); err != nil {
+		return err
 	}
 	root, err := os.OpenRoot(target)
 	if err != nil {
@@ -380,9 +383,17 @@ func (v *volumes) directories(name string, archive io.Reader) error {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	root, err := os.OpenRoot(filepath.Join(v.dir, name))
-	if err != nil {
+	if err := addDirectories(filepath.Join(v.dir, name), archive); err != nil {
 		return fmt.Errorf("volume %s: %w", name, err)
+	}
+	return nil
+}
+
+// addDirectories makes the directories below dir that an archive names, where nothing is yet.
+func addDirectories(dir string, archive io.Reader) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
 	}
 	defer root.Close()
 	r := tar.NewReader(archive)
@@ -394,10 +405,10 @@ func (v *volumes) directories(name string, archive io.Reader) error {
 		case err != nil:
 			return badRequestError{err}
 		case h.Typeflag != tar.TypeDir || n == maxEntries:
-			return badRequest("volume %s: %s: only directories, and at most %d, can be added", name, h.Name, maxEntries)
+			return badRequest("%s: only directories, and at most %d, can be added", h.Name, maxEntries)
 		}
 		if err := addDir(root, h); err != nil {
-			return fmt.Errorf("volume %s: %w", name, err)
+			return err
 		}
 	}
 }

@@ -322,6 +322,11 @@ func TestVolumeDirectories(t *testing.T) {
 	if err := v.scratch("v", 0, &bytes.Buffer{}); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := v.remove("v"); err != nil {
+			t.Error(err)
+		}
+	})
 	root := filepath.Join(v.dir, "v")
 	if err := os.Symlink("../../outside", filepath.Join(root, "out")); err != nil {
 		t.Fatal(err)

@@ -4,13 +4,14 @@
 //
 //	POST   /v1/setup                 Setup: name, clock, entropy, network; once, right after boot or clone
 //	PUT    /v1/disks/{serial}        Disk: wait until the disk is there and mount it; idempotent
+//	PATCH  /v1/disks/{serial}        a tar archive of directories, as for volumes
 //	DELETE /v1/disks/{serial}        unmount, so that the host may take the disk away
 //	PUT    /v1/containers/{id}       Container: make the bundle and its root; idempotent
 //	DELETE /v1/containers/{id}       remove them
 //	PUT    /v1/volumes/{name}        a tar archive: the volume's content from now on (see below)
 //	PUT    /v1/volumes/{name}?scratch=SIZE
 //	                                 make a volume that begins empty and is the containers', of SIZE
-//	                                 bytes at most (none: as much as there is); the archive may hold an
+//	                                 bytes at most (none: half of the memory); the archive may hold an
 //	                                 entry for its root; idempotent: what is there stays
 //	PATCH  /v1/volumes/{name}        a tar archive of directories: each is made where nothing is yet (subPath)
 //	DELETE /v1/volumes/{name}        remove it; idempotent
@@ -18,7 +19,8 @@
 //	GET    /v1/events                a line of JSON (Event) for each event, past and to come, until the
 //	                                 stream ends; ?follow=false: the past ones only. What ended a
 //	                                 container is among them before the Task service's Wait answers
-//	POST   /v1/shutdown              sync, and power off
+//	POST   /v1/shutdown              unmount the disks that can be written, and power off; if there are
+//	                                 any, containers are killed. It answers when all is written
 //
 // Errors are answered as text with a status of 4xx (the host's fault) or 5xx.
 package guestapi
@@ -104,6 +106,9 @@ type Disk struct {
 	FileSystem string   `json:"fileSystem,omitempty"`
 	ReadOnly   bool     `json:"readOnly,omitempty"`
 	Options    []string `json:"options,omitempty"`
+	// Group, if not nil, gets all files, as for a pod's fsGroup, unless the root directory
+	// shows that it has them.
+	Group *int `json:"group,omitempty"`
 }
 
 // Container is an OCI bundle.
@@ -114,6 +119,19 @@ type Container struct {
 	// Layers are the serials of the disks that make its root, the lowest first. Above
 	// them is an overlay whose writes stay in the guest's memory.
 	Layers []string `json:"layers"`
+	// Devices are disks without a file system that the container has as block devices.
+	Devices []Device `json:"devices,omitempty"`
+}
+
+// Device is a disk's node in a container. The guest adds it to Spec, as it alone knows the
+// device's number.
+type Device struct {
+	Serial string `json:"serial"`
+	Path   string `json:"path"` // in the container
+	Mode   uint32 `json:"mode"` // permission bits
+	UID    uint32 `json:"uid"`
+	GID    uint32 `json:"gid"`
+	Access string `json:"access"` // what its cgroup allows: of rwm
 }
 
 // A volume's archive (PUT /v1/volumes/{name}) holds either a tree, or one regular

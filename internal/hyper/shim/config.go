@@ -11,6 +11,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"h8s.io/hypernetes/internal/hyper/accel"
+	"h8s.io/hypernetes/internal/hyper/directvolume"
 	"h8s.io/hypernetes/internal/hyper/vm"
 )
 
@@ -43,6 +44,9 @@ type Config struct {
 	// ShareTemplates gives all tenants the same templates (default: false). Tenants then
 	// share memory, of which each can tell what another has used lately.
 	ShareTemplates bool `json:"shareTemplates,omitempty"`
+	// DirectVolumeDir is where CSI drivers write down which disks are a pod's volumes, see
+	// package directvolume (default: /run/h8s/direct-volumes).
+	DirectVolumeDir string `json:"directVolumeDir,omitempty"`
 }
 
 // DefaultConfigPath is where the configuration is looked for when containerd's
@@ -73,6 +77,7 @@ func LoadConfig(path string) (Config, error) {
 	c.CacheDir = orDefault(c.CacheDir, "/var/lib/h8s/hyper")
 	c.RunDir = orDefault(c.RunDir, accel.DefaultDir)
 	c.KubeletDir = orDefault(c.KubeletDir, "/var/lib/kubelet")
+	c.DirectVolumeDir = orDefault(c.DirectVolumeDir, directvolume.DefaultDir)
 	// containerd resolves the symbolic links of what it mounts.
 	if resolved, err := filepath.EvalSymlinks(c.KubeletDir); err == nil {
 		c.KubeletDir = resolved

@@ -228,17 +228,22 @@ func (p *pod) create(ctx context.Context, r *task.CreateTaskRequest) (_ *contain
 	if err != nil {
 		return nil, err
 	}
+	asked := takeDevices(spec)
 	if err := inGuest(spec, p.sharesPID()); err != nil {
 		return nil, err
 	}
 	if err := p.mount(ctx, c, spec); err != nil {
 		return nil, err
 	}
+	devices, err := p.attachDevices(ctx, c, asked)
+	if err != nil {
+		return nil, err
+	}
 	dirs, err := layers.Directories(r.Rootfs)
 	if err != nil {
 		return nil, err
 	}
-	serials, err := p.attachLayers(ctx, dirs)
+	serials, err := p.attachLayers(ctx, c, dirs)
 	if err != nil {
 		return nil, err
 	}
@@ -246,7 +251,7 @@ func (p *pod) create(ctx context.Context, r *task.CreateTaskRequest) (_ *contain
 	if err != nil {
 		return nil, err
 	}
-	if err := p.guest.call(ctx, http.MethodPut, "/v1/containers/"+c.id, guestapi.Container{Spec: text, Layers: serials}); err != nil {
+	if err := p.guest.call(ctx, http.MethodPut, "/v1/containers/"+c.id, guestapi.Container{Spec: text, Layers: serials, Devices: devices}); err != nil {
 		return nil, err
 	}
 	streams, inside, err := openStreams(ctx, p.guest.channel, c.init.stdio, c.id)
@@ -277,6 +282,7 @@ func (p *pod) forget(c *container) {
 	if err := p.guest.send(ctx, http.MethodDelete, "/v1/containers/"+c.id, nil); err != nil && p.ctx.Err() == nil {
 		log.L.WithError(err).WithField("id", c.id).Warn("remove a container's bundle from the guest")
 	}
+	go p.detach(c)
 }
 
 func readSpec(bundle string) (*specs.Spec, error) {
@@ -295,11 +301,16 @@ func (p *pod) sharesPID() bool {
 	return p.config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == cri.NamespaceMode_POD
 }
 
+// kubeletDir is the pod's directory of the kubelet.
+func (p *pod) kubeletDir() string {
+	return filepath.Join(p.settings.KubeletDir, "pods", p.config.GetMetadata().GetUid())
+}
+
 // mount gives the guest a container's volumes, and lets the specification's mounts name
 // them.
 func (p *pod) mount(ctx context.Context, c *container, spec *specs.Spec) error {
 	classify := classifier{
-		podDir:    filepath.Join(p.settings.KubeletDir, "pods", p.config.GetMetadata().GetUid()),
+		podDir:    p.kubeletDir(),
 		container: c.id,
 		mounts:    ownMounts,
 	}
@@ -312,7 +323,12 @@ func (p *pod) mount(ctx context.Context, c *container, spec *specs.Spec) error {
 		if err != nil {
 			return err
 		}
-		if err := p.volumes.ensure(ctx, v, m.Source); err != nil {
+		if v.kind == disked {
+			err = p.attachVolume(ctx, v, m.Source)
+		} else {
+			err = p.volumes.ensure(ctx, v, m.Source)
+		}
+		if err != nil {
 			return err
 		}
 		if v.kind == reported {

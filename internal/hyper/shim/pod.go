@@ -32,6 +32,8 @@ const (
 	collectTimeout = 30 * time.Second
 	// shutdownTimeout is how long a guest may take to end itself in order.
 	shutdownTimeout = 5 * time.Second
+	// settleTimeout is how long it may take if it has disks to write to.
+	settleTimeout = time.Minute
 )
 
 // phase is how far a pod's life is.
@@ -256,12 +258,20 @@ func (p *pod) stop(ctx context.Context) error {
 	}
 	p.mu.Unlock()
 	if before == ready {
-		polite, cancel := context.WithTimeout(ctx, shutdownTimeout)
+		writes := p.disks.writable()
+		patience := shutdownTimeout
+		if writes {
+			patience = settleTimeout
+		}
+		polite, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
 		_ = p.guest.send(polite, http.MethodPost, "/v1/shutdown", nil)
 		select {
 		case <-p.vm.Done():
 		case <-polite.Done():
+			if writes {
+				log.L.Errorf("the guest has not unmounted its disks in %s, and is killed: what it wrote last may not be on them", patience)
+			}
 			p.vm.Kill()
 		}
 	}

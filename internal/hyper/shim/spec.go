@@ -36,7 +36,7 @@ func inGuest(spec *specs.Spec, sharedPID bool) error {
 	spec.Hostname, spec.Domainname = "", ""
 	linux.Sysctl = nil
 	spec.Process.ApparmorProfile, spec.Process.SelinuxLabel, linux.MountLabel = "", "", ""
-	linux.Devices = nil
+	linux.Devices = nil // see takeDevices
 	linux.IntelRdt = nil
 	linux.NetDevices = nil
 	linux.RootfsPropagation = ""
@@ -45,6 +45,49 @@ func inGuest(spec *specs.Spec, sharedPID bool) error {
 	}
 	resourcesInGuest(linux.Resources)
 	return nil
+}
+
+// device is a device of the node that a container is to have.
+type device struct {
+	specs.LinuxDevice
+	access string // what its cgroup would allow: of rwm
+	// sweeping is whether the container is to have all of the node's devices, being privileged:
+	// then this one may not have been asked for.
+	sweeping bool
+}
+
+// takeDevices returns the node's devices in a specification, and takes the rules for block
+// devices out of it.
+func takeDevices(spec *specs.Spec) []device {
+	if spec.Linux == nil {
+		return nil
+	}
+	var rules []specs.LinuxDeviceCgroup
+	if spec.Linux.Resources != nil {
+		rules = spec.Linux.Resources.Devices
+	}
+	sweeping := slices.ContainsFunc(rules, func(r specs.LinuxDeviceCgroup) bool {
+		return r.Allow && (r.Type == "" || r.Type == "a") && r.Major == nil
+	})
+	var taken []device
+	for _, d := range spec.Linux.Devices {
+		mine := func(r specs.LinuxDeviceCgroup) bool {
+			return r.Allow && r.Type == d.Type && r.Major != nil && *r.Major == d.Major && r.Minor != nil && *r.Minor == d.Minor
+		}
+		access := "rwm"
+		if i := slices.IndexFunc(rules, mine); i >= 0 {
+			access = rules[i].Access
+		}
+		taken = append(taken, device{d, access, sweeping})
+	}
+	// The guest has other devices by the node's numbers.
+	rules = slices.DeleteFunc(rules, func(r specs.LinuxDeviceCgroup) bool {
+		return r.Allow && r.Type == "b" && r.Major != nil
+	})
+	if spec.Linux.Resources != nil {
+		spec.Linux.Resources.Devices = rules
+	}
+	return taken
 }
 
 // resourcesInGuest drops the limits that speak of the node's hardware, or that no guest has.

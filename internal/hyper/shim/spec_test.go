@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -97,6 +98,37 @@ func TestSpecInGuest(t *testing.T) {
 	})
 	if diff := cmp.Diff(want, spec); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// The guest has other devices by the node's numbers.
+func TestTakeDevices(t *testing.T) {
+	all := specs.LinuxDeviceCgroup{Access: "rwm"}
+	null := specs.LinuxDeviceCgroup{Allow: true, Type: "c", Major: to(int64(1)), Minor: to(int64(3)), Access: "rwm"}
+	disk := specs.LinuxDeviceCgroup{Allow: true, Type: "b", Major: to(int64(8)), Minor: to(int64(1)), Access: "r"}
+	sda1 := specs.LinuxDevice{Path: "/dev/x", Type: "b", Major: 8, Minor: 1}
+	for name, test := range map[string]struct {
+		rules, left []specs.LinuxDeviceCgroup
+		want        []device
+	}{
+		"asked for":     {rules: []specs.LinuxDeviceCgroup{all, null, disk}, left: []specs.LinuxDeviceCgroup{all, null}, want: []device{{sda1, "r", false}}},
+		"without rules": {want: []device{{sda1, "rwm", false}}},
+		"privileged": {
+			rules: []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}, left: []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}},
+			want: []device{{sda1, "rwm", true}},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			spec := linuxSpec(func(s *specs.Spec) {
+				s.Linux.Devices, s.Linux.Resources = []specs.LinuxDevice{sda1}, &specs.LinuxResources{Devices: test.rules}
+			})
+			if d := cmp.Diff(test.want, takeDevices(spec), cmp.AllowUnexported(device{})); d != "" {
+				t.Error(d)
+			}
+			if d := cmp.Diff(test.left, spec.Linux.Resources.Devices, cmpopts.EquateEmpty()); d != "" {
+				t.Error(d)
+			}
+		})
 	}
 }
 

@@ -36,6 +36,9 @@ const (
 	// reported is a file that is sent, and whose content comes back when the container has
 	// ended: its termination message.
 	reported
+	// disked is a disk that the guest mounts, see package directvolume. Its source is the
+	// path at which the CSI driver has published it.
+	disked
 )
 
 // volume is a volume of the guest.
@@ -54,7 +57,12 @@ type volume struct {
 }
 
 // path is where the volume, or the part of it that is mounted, is in the guest.
-func (v volume) path() string { return path.Join(guestapi.VolumeDir, v.name, v.sub) }
+func (v volume) path() string {
+	if v.kind == disked {
+		return path.Join(guestapi.DiskDir, v.name, v.sub)
+	}
+	return path.Join(guestapi.VolumeDir, v.name, v.sub)
+}
 
 // classifier knows a pod's directories on the node.
 type classifier struct {
@@ -67,6 +75,8 @@ type classifier struct {
 const (
 	emptyDirPlugin = "kubernetes.io~empty-dir"
 	csiPlugin      = "kubernetes.io~csi"
+	// csiTarget is where a CSI volume is, below its directory.
+	csiTarget = "mount"
 )
 
 var followedPlugins = []string{
@@ -92,12 +102,19 @@ func (c classifier) classify(source string) (volume, error) {
 		return volume{name: "etc-hosts", kind: followed, source: source}, nil
 	case parts[0] == "containers" && len(parts) == 3:
 		return volume{name: nameOf("termination", c.container+source), kind: reported, source: source}, nil
+	case parts[0] == "volumes" && parts[1] == csiPlugin && (len(parts) != 4 || parts[3] != csiTarget):
 	case parts[0] == "volumes" && len(parts) >= 3:
 		return pluginVolume(parts[1], parts[2], source)
 	case parts[0] == "volume-subpaths" && len(parts) == 4:
 		return c.subPath(source)
 	}
 	return volume{}, refusal("the mount " + source + " is of a kind that this runtime does not know")
+}
+
+// nodeMount is why a volume is refused.
+func nodeMount(name string) error {
+	return refusal("volume " + name + " is mounted on the node, and the pod is a virtual machine, which takes no mounts of the node: " +
+		"use a CSI driver that publishes disks to virtual machines, or volumeMode: Block")
 }
 
 func pluginVolume(plugin, name, source string) (volume, error) {
@@ -109,9 +126,9 @@ func pluginVolume(plugin, name, source string) (volume, error) {
 		_, short, _ := strings.Cut(plugin, "~")
 		return volume{name: short + "." + name, kind: followed, source: source}, nil
 	case plugin == csiPlugin:
-		return volume{}, refusal("volume " + name + ": its CSI driver mounts it on the node; use one that gives disks to virtual machines")
+		return volume{name: diskSerial("vol", source), kind: disked, source: source}, nil
 	default:
-		return volume{}, refusal("volume " + name + " of type " + plugin + " is mounted on the node, and not for this runtime")
+		return volume{}, nodeMount(name)
 	}
 }
 
@@ -156,15 +173,30 @@ func (c classifier) partOf(dir, rel, source string) (volume, bool) {
 	if len(parts) < 3 || parts[0] != "volumes" {
 		return volume{}, false
 	}
-	if parts[1] != emptyDirPlugin {
+	if parts[1] != emptyDirPlugin && parts[1] != csiPlugin {
 		// Parts of ConfigMaps and their like do not follow the original: Kubernetes says so.
 		return volume{name: nameOf("subpath", source), kind: copied, source: source}, slices.Contains(followedPlugins, parts[1])
 	}
-	v, err := pluginVolume(parts[1], parts[2], filepath.Join(c.podDir, parts[0], parts[1], parts[2]))
+	source, sub := filepath.Join(c.podDir, parts[0], parts[1], parts[2]), ""
 	if len(parts) == 4 {
-		v.sub = parts[3]
+		sub = parts[3]
 	}
+	if parts[1] == csiPlugin {
+		var ok bool
+		if sub, ok = strings.CutPrefix(sub+"/", csiTarget+"/"); !ok {
+			return volume{}, false
+		}
+		source, sub = filepath.Join(source, csiTarget), strings.TrimSuffix(sub, "/")
+	}
+	v, err := pluginVolume(parts[1], parts[2], source)
+	v.sub = sub
 	return v, err == nil
+}
+
+// diskSerial is the serial number of a volume's disk. SCSI has room for 20 characters.
+func diskSerial(kind, key string) string {
+	sum := sha256.Sum256([]byte(key))
+	return kind + "-" + hex.EncodeToString(sum[:8])
 }
 
 func nameOf(kind, key string) string {

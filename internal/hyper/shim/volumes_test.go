@@ -31,7 +31,10 @@ func TestClassify(t *testing.T) {
 36 31 8:1 /nodes/n1/kubelet/pods/u1/volumes/kubernetes.io~empty-dir/disk/x/y ` + podDir + `/volume-subpaths/disk/main/2 rw - ext4 /dev/vda rw
 37 31 8:1 /etc ` + podDir + `/volume-subpaths/host/main/3 rw - ext4 /dev/vda rw
 38 31 8:1 /nodes/n1/kubelet/pods/u2/volumes/kubernetes.io~empty-dir/disk/x ` + podDir + `/volume-subpaths/other/main/4 rw - ext4 /dev/vda rw
+39 31 8:1 /nodes/n1/kubelet/pods/u1/volumes/kubernetes.io~csi/d/mount/x/y ` + podDir + `/volume-subpaths/d/main/5 rw - ext4 /dev/vda rw
+40 31 8:1 /nodes/n1/kubelet/pods/u1/volumes/kubernetes.io~csi/d/vol_data.json ` + podDir + `/volume-subpaths/d/main/6 rw - ext4 /dev/vda rw
 `
+	csiDisk := diskSerial("vol", podDir+"/volumes/kubernetes.io~csi/d/mount")
 	mounts, err := parseMounts(strings.NewReader(mountinfo))
 	if err != nil {
 		t.Fatal(err)
@@ -54,8 +57,11 @@ func TestClassify(t *testing.T) {
 		"another pod's":          {source: "/var/lib/kubelet/pods/u2/etc-hosts", refuse: "hostPath"},
 		"upwards":                {source: podDir + "/../u2/etc-hosts", refuse: "hostPath"},
 		"the pod's directory":    {source: podDir, refuse: "kind"},
-		"CSI":                    {source: podDir + "/volumes/kubernetes.io~csi/d/mount", refuse: "CSI driver"},
-		"NFS":                    {source: podDir + "/volumes/kubernetes.io~nfs/d", refuse: "kubernetes.io~nfs"},
+		"CSI":                    {source: podDir + "/volumes/kubernetes.io~csi/d/mount", kind: disked, path: "/run/h8s/disks/" + csiDisk},
+		"beside CSI":             {source: podDir + "/volumes/kubernetes.io~csi/d/vol_data.json", refuse: "kind"},
+		"NFS":                    {source: podDir + "/volumes/kubernetes.io~nfs/d", refuse: "volume d is mounted on the node"},
+		"subPath of CSI":         {source: podDir + "/volume-subpaths/d/main/5", kind: disked, path: "/run/h8s/disks/" + csiDisk + "/x/y"},
+		"subPath beside CSI":     {source: podDir + "/volume-subpaths/d/main/6", refuse: "not for this runtime"},
 		"subPath in disk":        {source: podDir + "/volume-subpaths/disk/main/2", kind: scratch, path: "/run/h8s/volumes/empty-dir.disk/x/y"},
 		"subPath in memory":      {source: podDir + "/volume-subpaths/mem/main/0", kind: scratch, path: "/run/h8s/volumes/empty-dir.mem/a b"},
 		"subPath of a Secret":    {source: podDir + "/volume-subpaths/key/main/1", kind: copied},
