@@ -14,6 +14,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,6 +27,7 @@ import (
 	"github.com/containerd/containerd/v2/contrib/seccomp"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"h8s.io/hypernetes/internal/hyper/channel"
@@ -590,4 +592,53 @@ func TestClone(t *testing.T) {
 	}
 	m.must("PUT", "/v1/disks/busybox", guestapi.Disk{FileSystem: "erofs", ReadOnly: true})
 	check(t, "output", m.all(m.create("clone", spec("hostname")).stdout), "clone\n")
+}
+
+// TestDisks: the guest waits for disks by itself, for as long as it is asked to.
+func TestDisks(t *testing.T) {
+	m := boot(t, 256<<20)
+	layer := busyboxLayer(t)
+	const many = 8
+	var group errgroup.Group
+	began := time.Now()
+	for i := range many {
+		serial := fmt.Sprint("layer-", i)
+		asked := make(chan struct{})
+		group.Go(func() error {
+			close(asked)
+			_, err := m.call("PUT", "/v1/disks/"+serial, guestapi.Disk{FileSystem: "erofs", ReadOnly: true})
+			return err
+		})
+		group.Go(func() error {
+			<-asked // or soon: it is the guest that waits, not the host
+			return m.vm.AddDisk(t.Context(), vm.Disk{
+				Serial: serial, ReadOnly: true, Backend: map[string]any{"driver": "file", "filename": layer},
+			})
+		})
+	}
+	if err := group.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d disks in %v", many, time.Since(began).Round(time.Millisecond))
+
+	body := strings.NewReader(`{"fileSystem": "erofs", "readOnly": true}`)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, "PUT", "http://guest/v1/disks/never", body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if answer, err := m.http.Do(request); err == nil {
+		answer.Body.Close()
+		t.Errorf("a disk that never comes: %s", answer.Status)
+	}
+	began = time.Now()
+	if err := m.vm.AddDisk(t.Context(), vm.Disk{
+		Serial: "never", ReadOnly: true, Backend: map[string]any{"driver": "file", "filename": layer},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	plugged := time.Since(began)
+	m.must("PUT", "/v1/disks/never", guestapi.Disk{FileSystem: "erofs", ReadOnly: true})
+	t.Logf("one disk: plugged in after %v, mounted after %v", plugged.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
 }

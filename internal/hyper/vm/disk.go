@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"sync"
 	"time"
 
 	"h8s.io/hypernetes/internal/hyper/qmp"
@@ -40,21 +41,24 @@ var serialFormat = regexp.MustCompile(`^[a-zA-Z0-9-]+$`)
 //
 // An error of the backend reaches the guest as an error of the disk.
 func (v *VM) AddDisk(ctx context.Context, d Disk) error {
-	return v.change(ctx, "add", d.Serial, func(ctx context.Context, id string) error {
-		device, err := v.hasDevice(ctx, id)
-		if err != nil || device {
-			return err
-		}
-		// A node without a device is what an attempt that was cut off has left. It may
-		// have another backend.
-		if err := v.removeNode(ctx, id); err != nil {
-			return err
+	return v.change(ctx, "add", d.Serial, func(ctx context.Context, id string, slot *slot) error {
+		if slot.used {
+			device, err := v.hasDevice(ctx, id)
+			if err != nil || device {
+				return err
+			}
+			// A node without a device is what an attempt that was cut off has left. It may
+			// have another backend.
+			if err := v.removeNode(ctx, id); err != nil {
+				return err
+			}
 		}
 		backend, release, err := v.handOver(ctx, id, d)
 		if err != nil {
 			return err
 		}
 		defer release()
+		slot.used = true
 		err = v.monitor.Execute(ctx, "blockdev-add", map[string]any{
 			"driver": "raw", "node-name": id, "read-only": d.ReadOnly, "discard": "unmap", "file": backend,
 		}, nil)
@@ -85,7 +89,7 @@ var lockRefusal = regexp.MustCompile(`^Failed to get (shared )?".*" lock`)
 // RemoveDisk takes a disk away, which the guest should not be using any more. It
 // returns when QEMU has let go of its backend. It is idempotent.
 func (v *VM) RemoveDisk(ctx context.Context, serial string) error {
-	return v.change(ctx, "remove", serial, func(ctx context.Context, id string) error {
+	return v.change(ctx, "remove", serial, func(ctx context.Context, id string, slot *slot) error {
 		device, err := v.hasDevice(ctx, id)
 		if err != nil {
 			return err
@@ -95,20 +99,36 @@ func (v *VM) RemoveDisk(ctx context.Context, serial string) error {
 				return err
 			}
 		}
-		return v.removeNode(ctx, id)
+		if err := v.removeNode(ctx, id); err != nil {
+			return err
+		}
+		slot.used = false
+		return nil
 	})
 }
 
+// slot is what is known of a serial number.
+type slot struct {
+	mu   sync.Mutex // held while its disk is changed
+	used bool       // QEMU may have something of it; otherwise it need not be asked
+}
+
 // change runs f with the ID that the disk's device and block node have.
-func (v *VM) change(ctx context.Context, verb, serial string, f func(ctx context.Context, id string) error) error {
+func (v *VM) change(ctx context.Context, verb, serial string, f func(ctx context.Context, id string, slot *slot) error) error {
 	if len(serial) > maxSerial || !serialFormat.MatchString(serial) {
 		return fmt.Errorf("disk serial %q: there must be 1 to %d letters, digits and hyphens", serial, maxSerial)
 	}
 	ctx, cancel := context.WithTimeout(ctx, diskTimeout)
 	defer cancel()
-	v.disks.Lock()
-	defer v.disks.Unlock()
-	if err := f(ctx, "disk-"+serial); err != nil {
+	v.mu.Lock()
+	if v.slots[serial] == nil {
+		v.slots[serial] = &slot{}
+	}
+	s := v.slots[serial]
+	v.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := f(ctx, "disk-"+serial, s); err != nil {
 		return fmt.Errorf("virtual machine %s: %s disk %s: %w", v.id, verb, serial, err)
 	}
 	return nil

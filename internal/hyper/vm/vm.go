@@ -89,10 +89,9 @@ type VM struct {
 
 	done chan struct{}
 
-	disks sync.Mutex // held while disks are changed
-
 	mu          sync.Mutex
 	killed      bool
+	slots       map[string]*slot         // of disks, by serial number
 	ended       error                    // why QEMU says that it ends
 	deleted     map[string]chan struct{} // closed when the device of this ID is gone
 	opened      int                      // how often the guest has opened the channel's port
@@ -197,6 +196,7 @@ func (m *machine) launch(ctx context.Context, c Config) (*VM, error) {
 		id:          c.ID,
 		channel:     channel,
 		done:        make(chan struct{}),
+		slots:       map[string]*slot{},
 		deleted:     map[string]chan struct{}{},
 		portChanged: make(chan struct{}),
 		migrated:    make(chan struct{}),
