@@ -26,12 +26,13 @@ const layersLink = "/l"
 // containers are the bundles.
 type containers struct {
 	dir, layers string
+	limit       int64 // bytes that a container can write to its root; 0: half of the memory
 
 	mu sync.Mutex
 }
 
-func newContainers(dir, layers string) *containers {
-	return &containers{dir: dir, layers: layers}
+func newContainers(dir, layers string, limit int64) *containers {
+	return &containers{dir: dir, layers: layers, limit: limit}
 }
 
 // make makes a bundle with its root. It is idempotent; a bundle that is there stays as
@@ -66,7 +67,7 @@ func (c *containers) make(id string, container guestapi.Container) (err error) {
 		}
 	}
 	// What is written is in the memory of the container that writes, and dies with it.
-	if err := unix.Mount("writes", writes, "tmpfs", 0, "mode=0755"); err != nil {
+	if err := unix.Mount("writes", writes, "tmpfs", 0, strings.TrimSuffix("mode=0755,"+sizeOption(c.limit), ",")); err != nil {
 		return fmt.Errorf("mount %s: %w", writes, err)
 	}
 	var lower []string

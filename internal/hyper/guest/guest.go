@@ -12,7 +12,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime/debug"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -41,6 +44,12 @@ func Run() error {
 	if err != nil {
 		return err
 	}
+	// What is written must not be all that the containers have: the end would be an
+	// out-of-memory kill, and not ENOSPC.
+	memory, err := readNumber(filepath.Join(cgroupRoot, podCgroup, "memory.max"))
+	if err != nil {
+		return err
+	}
 	devices, err := watchBlockDevices()
 	if err != nil {
 		return err
@@ -48,8 +57,8 @@ func Run() error {
 	g := &guest{
 		events:     events,
 		disks:      newDisks(guestapi.DiskDir, devices),
-		containers: newContainers(guestapi.BundleDir, guestapi.DiskDir),
-		volumes:    newVolumes(guestapi.VolumeDir),
+		containers: newContainers(guestapi.BundleDir, guestapi.DiskDir, memory/2),
+		volumes:    newVolumes(guestapi.VolumeDir, memory/2),
 		powerOff:   powerOff,
 	}
 	control := serveControl(g.handler())
@@ -73,6 +82,19 @@ func Run() error {
 			fmt.Fprintln(os.Stderr, "hyperinit:", err)
 		}
 	}
+}
+
+// readNumber reads a file of the kernel's that holds a number.
+func readNumber(name string) (int64, error) {
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", name, err)
+	}
+	return n, nil
 }
 
 // poll calls done until it reports true or fails, or ctx ends.

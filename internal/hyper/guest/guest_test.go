@@ -38,7 +38,7 @@ func TestGuestSpec(t *testing.T) {
 		"no JSON":   {spec: `{`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := newContainers(t.TempDir(), t.TempDir()).guestSpec(guestapi.Container{Spec: []byte(test.spec)}, "c")
+			got, err := newContainers(t.TempDir(), t.TempDir(), 0).guestSpec(guestapi.Container{Spec: []byte(test.spec)}, "c")
 			if (err == nil) != (test.want != "") {
 				t.Fatalf("error: %v", err)
 			}

@@ -22,20 +22,22 @@ import (
 const (
 	// maxEntries bounds what an archive may name: kubelet's volumes are small.
 	maxEntries = 1 << 17
-	// stagePrefix begins the names of what is not complete yet.
-	stagePrefix = ".h8s-stage-"
+	// stageName is the name of what is not complete yet: of one file at a time. It does not
+	// contain the name to come, which may be as long as names can be.
+	stageName = ".h8s-stage"
 )
 
 // volumes are the pod's volumes that come from the host as archives, or begin empty.
 type volumes struct {
-	dir string
+	dir   string
+	limit int64 // bytes in a volume for which no size was asked; 0: half of the memory
 
 	mu        sync.Mutex
 	scratched map[string]bool
 }
 
-func newVolumes(dir string) *volumes {
-	return &volumes{dir: dir, scratched: map[string]bool{}}
+func newVolumes(dir string, limit int64) *volumes {
+	return &volumes{dir: dir, limit: limit, scratched: map[string]bool{}}
 }
 
 // apply makes a volume hold what the archive holds: see package guestapi. If it fails,
@@ -86,7 +88,7 @@ func (v *volumes) applyLocked(name string, archive io.Reader) error {
 // applyFile writes a volume that is a file. Bind mounts keep the inode, so a file that
 // is there is written in place, once all of the new content is here.
 func applyFile(all *os.Root, name string, r *tar.Reader, h *tar.Header) error {
-	stage := stagePrefix + name
+	stage := stageName
 	if err := writeStage(all, stage, r, h); err != nil {
 		return err
 	}
@@ -191,8 +193,8 @@ func entryName(name string) (string, error) {
 	if !fs.ValidPath(clean) || strings.Contains(clean, "\x00") {
 		return "", badRequest("%q leads out of the volume", name)
 	}
-	if strings.HasPrefix(path.Base(clean), stagePrefix) {
-		return "", badRequest("%q: such names are ours", name)
+	if path.Base(clean) == stageName {
+		return "", badRequest("%q: this name is ours", name)
 	}
 	return clean, nil
 }
@@ -216,7 +218,7 @@ func ensureDir(root *os.Root, name string) error {
 }
 
 func placeFile(root *os.Root, name string, r io.Reader, h *tar.Header) error {
-	stage := path.Join(path.Dir(name), stagePrefix+path.Base(name))
+	stage := path.Join(path.Dir(name), stageName)
 	if err := writeStage(root, stage, r, h); err != nil {
 		return err
 	}
@@ -247,7 +249,7 @@ func writeStage(root *os.Root, stage string, r io.Reader, h *tar.Header) error {
 
 func placeLink(root *os.Root, h *tar.Header) error {
 	if have, err := root.Readlink(h.Name); err != nil || have != h.Linkname {
-		stage := path.Join(path.Dir(h.Name), stagePrefix+path.Base(h.Name))
+		stage := path.Join(path.Dir(h.Name), stageName)
 		if err := root.RemoveAll(stage); err != nil {
 			return err
 		}
@@ -317,7 +319,7 @@ func setAttributes(root *os.Root, name string, h *tar.Header) error {
 }
 
 // scratch makes a volume that begins empty and is the containers' from then on. It holds
-// size bytes at most, or half of the guest's memory. The archive may hold one entry, the root's
+// size bytes at most, or half of what the containers have. The archive may hold one entry, the root's
 // mode and owner. It is idempotent: a volume that is there stays as it is.
 func (v *volumes) scratch(name string, size int64, archive io.Reader) error {
 	if err := checkName("volume", name); err != nil {
@@ -335,6 +337,9 @@ func (v *volumes) scratch(name string, size int64, archive io.Reader) error {
 	target := filepath.Join(v.dir, name)
 	if err := os.Mkdir(target, 0o755); err != nil {
 		return fmt.Errorf("volume %s: %w", name, err)
+	}
+	if size == 0 {
+		size = v.limit
 	}
 	if err := setUpScratch(target, size, attributes); err != nil {
 		return errors.Join(fmt.Errorf("volume %s: %w", name, err), clearVolume(target))
@@ -358,13 +363,17 @@ func scratchAttributes(archive io.Reader) (*tar.Header, error) {
 	return h, nil
 }
 
+// sizeOption bounds a tmpfs, which takes half of the memory by itself.
+func sizeOption(size int64) string {
+	if size <= 0 {
+		return ""
+	}
+	return fmt.Sprintf("size=%d", size)
+}
+
 func setUpScratch(target string, size int64, attributes *tar.Header) error {
 	// Always a file system of its own: one that is full is full for nobody else.
-	limit := "size=50%"
-	if size > 0 {
-		limit = fmt.Sprintf("size=%d", size)
-	}
-	if err := unix.Mount("scratch", target, "tmpfs", unix.MS_NODEV, limit); err != nil {
+	if err := unix.Mount("scratch", target, "tmpfs", unix.MS_NODEV, sizeOption(size)); err != nil {
 		return err
 	}
 	root, err := os.OpenRoot(target)

@@ -149,7 +149,7 @@ func TestVolumeTree(t *testing.T) {
 			if err := os.Mkdir(outside, 0o755); err != nil {
 				t.Fatal(err)
 			}
-			v := newVolumes(filepath.Join(dir, "volumes"))
+			v := newVolumes(filepath.Join(dir, "volumes"), 0)
 			if err := os.Mkdir(v.dir, 0o755); err != nil {
 				t.Fatal(err)
 			}
@@ -187,10 +187,10 @@ func TestVolumeRefused(t *testing.T) {
 		"absolute":      pack(t, entry{name: "."}, entry{name: "/x", data: "1"}),
 		"hard link":     pack(t, entry{name: "."}, entry{name: "x", link: "/etc/passwd", kind: tar.TypeLink}),
 		"device":        pack(t, entry{name: "."}, entry{name: "x", kind: tar.TypeChar}),
-		"our names":     pack(t, entry{name: "."}, entry{name: stagePrefix + "x", data: "1"}),
+		"our names":     pack(t, entry{name: "."}, entry{name: stageName, data: "1"}),
 	} {
 		t.Run(name, func(t *testing.T) {
-			v := newVolumes(t.TempDir())
+			v := newVolumes(t.TempDir(), 0)
 			if err := v.apply("v", pack(t, entry{name: "."}, entry{name: "..v1", data: "1"}, entry{name: "key", link: "..v1"})); err != nil {
 				t.Fatal(err)
 			}
@@ -206,7 +206,7 @@ func TestVolumeRefused(t *testing.T) {
 		})
 	}
 	for _, name := range []string{"", ".", "..", "a/b", "../x", strings.Repeat("x", 300)} {
-		v := newVolumes(t.TempDir())
+		v := newVolumes(t.TempDir(), 0)
 		if err := v.apply(name, pack(t, entry{name: "."})); !errors.As(err, new(badRequestError)) {
 			t.Errorf("a volume of the name %q: %v", name, err)
 		}
@@ -228,7 +228,7 @@ func names(t *testing.T, dir string) []string {
 
 // TestVolumeFile: a bind mount of the file sees the new content.
 func TestVolumeFile(t *testing.T) {
-	v := newVolumes(t.TempDir())
+	v := newVolumes(t.TempDir(), 0)
 	file := filepath.Join(v.dir, "v")
 	var mounted *os.File // as a bind mount keeps it
 	for _, data := range []string{"a long text", "short", ""} {
@@ -266,7 +266,7 @@ func TestVolumeFile(t *testing.T) {
 }
 
 func TestVolumeScratch(t *testing.T) {
-	v := newVolumes(t.TempDir())
+	v := newVolumes(t.TempDir(), 0)
 	t.Cleanup(func() {
 		for _, name := range []string{"plain", "sized"} {
 			if err := v.remove(name); err != nil {
@@ -315,7 +315,7 @@ func TestVolumeDirectories(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "outside"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	v := newVolumes(filepath.Join(dir, "volumes"))
+	v := newVolumes(filepath.Join(dir, "volumes"), 0)
 	if err := os.Mkdir(v.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}

@@ -11,7 +11,7 @@
 //	PUT    /v1/volumes/{name}        a tar archive: the volume's content from now on (see below)
 //	PUT    /v1/volumes/{name}?scratch=SIZE
 //	                                 make a volume that begins empty and is the containers', of SIZE
-//	                                 bytes at most (none: half of the memory); the archive may hold an
+//	                                 bytes at most (none: half of what the containers have); the archive may hold an
 //	                                 entry for its root; idempotent: what is there stays
 //	PATCH  /v1/volumes/{name}        a tar archive of directories: each is made where nothing is yet (subPath)
 //	DELETE /v1/volumes/{name}        remove it; idempotent
