@@ -247,7 +247,7 @@ func TestRemoteDisk(t *testing.T) {
 	}
 	p := n.run(n.podConfig("nobody"))
 	disk.Disk["server"] = map[string]any{"type": "unix", "path": n.path("nobody.sock")}
-	p.expectRefusal(p.mounting("main", p.publish("data", disk), "/data", "true"), "No such file")
+	p.expectRefusal(p.mounting("main", p.publish("data", disk), "/data", "true"), "no such file")
 	p.remove()
 	n.nothingLeft()
 }
