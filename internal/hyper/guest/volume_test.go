@@ -27,7 +27,7 @@ type entry struct {
 	uid              int
 }
 
-func pack(t *testing.T, entries ...entry) *bytes.Buffer {
+func pack(t testing.TB, entries ...entry) *bytes.Buffer {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
