@@ -37,7 +37,7 @@ type guest struct {
 	tasks   task.TTRPCTaskService
 }
 
-// connect returns when the guest serves the channel.
+// connect returns when the machine's guest serves the channel.
 func connect(ctx context.Context, machine *vm.VM) (*guest, error) {
 	// The channel's own deadlines are not for a guest that boots.
 	if err := machine.AwaitGuest(ctx); err != nil {
@@ -47,9 +47,17 @@ func connect(ctx context.Context, machine *vm.VM) (*guest, error) {
 	if err != nil {
 		return nil, err
 	}
-	conn, err := ch.Open(ctx, channel.Task, "")
+	g, err := newGuest(ctx, ch)
 	if err != nil {
 		_ = ch.Close()
+	}
+	return g, err
+}
+
+// newGuest returns when the guest serves the channel.
+func newGuest(ctx context.Context, ch *channel.Host) (*guest, error) {
+	conn, err := ch.Open(ctx, channel.Task, "")
+	if err != nil {
 		return nil, err
 	}
 	client := newTaskClient(conn)

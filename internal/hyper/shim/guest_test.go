@@ -42,7 +42,7 @@ func connectTo(t *testing.T, serve map[channel.Kind]func(net.Conn)) *guest {
 	}
 	go func() { _ = channel.Serve(context.Background(), theirs, handlers) }()
 	t.Cleanup(func() { _ = host.Close() })
-	g, err := connect(t.Context(), host)
+	g, err := newGuest(t.Context(), host)
 	must(t, err)
 	t.Cleanup(g.close)
 	return g
