@@ -202,7 +202,8 @@ func (s *service) Kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty
 	if err != nil {
 		return nil, toGRPC(err)
 	}
-	if r.ExecID == "" && r.Signal == uint32(unix.SIGKILL) {
+	// One that was executed and has not begun has nobody who waits for its end.
+	if r.Signal == uint32(unix.SIGKILL) && (r.ExecID == "" || p.state().Status == tasktypes.Status_RUNNING) {
 		// A guest that does not do this, or does not even read it, would keep its pod, and all that
 		// waits for its end, for ever.
 		go p.mustEnd()
@@ -220,7 +221,7 @@ func (p *process) mustEnd() {
 	case <-p.done:
 	case <-p.container.pod.ctx.Done():
 	case <-timer.C:
-		p.container.pod.distrust("the guest does not kill container "+p.container.id, nil)
+		p.container.pod.distrust("the guest does not kill process "+p.eventID(), nil)
 	}
 }
 

@@ -38,7 +38,7 @@ func (v *VM) handOver(ctx context.Context, id string, d Disk) (backend map[strin
 		}
 		backend["filename"] = fmt.Sprintf("/dev/fdset/%d", set.ID)
 		// What the disk has open stays open.
-		return backend, func() { v.release("remove-fd", map[string]any{"fdset-id": set.ID}) }, nil
+		return backend, func() { v.release(ctx, "remove-fd", map[string]any{"fdset-id": set.ID}) }, nil
 	case "nbd":
 		server, _ := backend["server"].(map[string]any)
 		if server["type"] != "unix" {
@@ -54,7 +54,7 @@ func (v *VM) handOver(ctx context.Context, id string, d Disk) (backend map[strin
 			return nil, nil, err
 		}
 		backend["server"] = map[string]any{"type": "fd", "str": id}
-		return backend, func() { v.release("closefd", map[string]any{"fdname": id}) }, nil
+		return backend, func() { v.release(ctx, "closefd", map[string]any{"fdname": id}) }, nil
 	}
 	return backend, func() {}, nil
 }
@@ -95,8 +95,8 @@ func dialFile(ctx context.Context, path string) (*os.File, error) {
 }
 
 // release takes back what QEMU may not have used, also for a caller who has left.
-func (v *VM) release(command string, arguments map[string]any) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+func (v *VM) release(ctx context.Context, command string, arguments map[string]any) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	// It fails when there is nothing left to take back.
 	_ = v.monitor.Execute(ctx, command, arguments, nil)

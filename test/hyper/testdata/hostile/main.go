@@ -176,6 +176,19 @@ func (g *guest) Kill(context.Context, *task.KillRequest) (*emptypb.Empty, error)
 	return &emptypb.Empty{}, nil
 }
 
+// Exec claims to have begun.
+func (g *guest) Exec(context.Context, *task.ExecProcessRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, nil
+}
+
+func (g *guest) Delete(context.Context, *task.DeleteRequest) (*task.DeleteResponse, error) {
+	return nil, errors.New(strings.Repeat("no, ", 1<<18))
+}
+
+func (g *guest) CloseIO(context.Context, *task.CloseIORequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, nil
+}
+
 func (g *guest) Stats(context.Context, *task.StatsRequest) (*task.StatsResponse, error) {
 	return &task.StatsResponse{Stats: &anypb.Any{TypeUrl: "io.containerd.cgroups.v2.Metrics", Value: []byte{0xff, 0xff}}}, nil
 }
@@ -243,9 +256,27 @@ func openPort() (*os.File, error) {
 		ports, _ := filepath.Glob("/sys/class/virtio-ports/*/name")
 		for _, p := range ports {
 			if name, _ := os.ReadFile(p); strings.TrimSpace(string(name)) == guestapi.Port {
-				return os.OpenFile("/dev/"+filepath.Base(filepath.Dir(p)), os.O_RDWR|unix.O_NONBLOCK, 0)
+				port, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(p)), os.O_RDWR|unix.O_NONBLOCK, 0)
+				if err != nil {
+					return nil, err
+				}
+				return port, awaitHost(port)
 			}
 		}
 	}
 	return nil, fmt.Errorf("no port %s", guestapi.Port)
+}
+
+// awaitHost waits until the host's side of the port is open: reads are at their end until
+// then.
+func awaitHost(port *os.File) error {
+	raw, err := port.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Write(func(fd uintptr) bool {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+		_, _ = unix.Poll(p, 0)
+		return p[0].Revents&unix.POLLHUP == 0
+	})
 }
