@@ -37,7 +37,7 @@ func (p *pod) boot(ctx context.Context, nic *tap.Tap) (*vm.VM, *guest, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	cpus, memory := size(p.config)
+	cpus, memory := size(p.config, memoryLimited(p.config.GetLinux().GetCgroupParent()))
 	c := vm.Config{
 		ID: p.id, Dir: p.left.RunDir, Kernel: p.settings.Kernel, Initrd: p.settings.Initrd,
 		CPUs: cpus, Memory: memory, Accel: p.settings.Accel,

@@ -48,6 +48,24 @@ func joinCgroup(path string, pid int) error {
 	return nil
 }
 
+// noLimit is what version 1 has instead of a memory limit, less what it rounds off.
+const noLimit = int64(1) << 62
+
+// memoryLimited is whether a pod's cgroup has a memory limit: the kubelet sets one if all
+// of its containers have. In doubt it has.
+func memoryLimited(parent string) bool {
+	file := filepath.Join(cgroupRoot, "memory", parent, "memory.limit_in_bytes")
+	if cgroups.Mode() == cgroups.Unified {
+		file = filepath.Join(cgroupRoot, parent, "memory.max")
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return true
+	}
+	limit, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	return err == nil && limit < noLimit
+}
+
 // removeCgroup removes a cgroup whose processes have ended. It is idempotent.
 func removeCgroup(path string) error {
 	dirs := []string{filepath.Join(cgroupRoot, path)}

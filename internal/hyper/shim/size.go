@@ -26,12 +26,18 @@ const (
 
 // size is how many processors and how much memory (bytes) a pod's machine has: the
 // pod's limits and its RuntimeClass's overhead, less what QEMU takes for itself. A
-// pod without limits gets the defaults.
-func size(config *cri.PodSandboxConfig) (cpus int, memory int64) {
+// pod without limits gets the defaults. limited is whether all containers have a
+// memory limit: the CRI's is the sum of those that have one, and the others need a
+// machine, too.
+func size(config *cri.PodSandboxConfig, limited bool) (cpus int, memory int64) {
 	limits, overhead := config.GetLinux().GetResources(), config.GetLinux().GetOverhead()
 	memory = defaultMemory
 	if limit := limits.GetMemoryLimitInBytes(); limit > 0 {
-		memory = max(limit+overhead.GetMemoryLimitInBytes()-hypervisorMemory, minMemory)
+		least := minMemory
+		if !limited {
+			least = defaultMemory
+		}
+		memory = max(limit+overhead.GetMemoryLimitInBytes()-hypervisorMemory, least)
 	}
 	memory -= memory % memoryStep
 

@@ -139,6 +139,7 @@ func TestSize(t *testing.T) {
 	}
 	for name, test := range map[string]struct {
 		limits, overhead *cri.LinuxContainerResources
+		unlimited        bool
 		cpus             int
 		memory           int64
 	}{
@@ -146,11 +147,13 @@ func TestSize(t *testing.T) {
 		"overhead without limit": {overhead: resources(100*mi, 50_000), cpus: 1, memory: 512 * mi},
 		"limit and overhead":     {limits: resources(300*mi, 50_000), overhead: resources(128*mi, 0), cpus: 1, memory: 364 * mi},
 		"rounded down":           {limits: resources(300*mi+5, 50_000), overhead: resources(67*mi, 0), cpus: 1, memory: 302 * mi},
+		"not of all":             {limits: resources(300*mi, 50_000), overhead: resources(128*mi, 0), unlimited: true, cpus: 1, memory: 512 * mi},
+		"much, and not of all":   {limits: resources(600*mi, 50_000), overhead: resources(128*mi, 0), unlimited: true, cpus: 1, memory: 664 * mi},
 		"very small":             {limits: resources(mi, 1000), cpus: 1, memory: 128 * mi},
 		"a part makes a whole":   {limits: resources(0, 110_000), cpus: 2, memory: 512 * mi},
 	} {
 		t.Run(name, func(t *testing.T) {
-			cpus, memory := size(&cri.PodSandboxConfig{Linux: &cri.LinuxPodSandboxConfig{Resources: test.limits, Overhead: test.overhead}})
+			cpus, memory := size(&cri.PodSandboxConfig{Linux: &cri.LinuxPodSandboxConfig{Resources: test.limits, Overhead: test.overhead}}, !test.unlimited)
 			if cpus != test.cpus || memory != test.memory {
 				t.Errorf("%d processors, %d MiB; want %d, %d", cpus, memory/mi, test.cpus, test.memory/mi)
 			}
