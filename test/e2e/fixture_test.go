@@ -16,10 +16,15 @@ type tenant struct {
 
 // newTenant makes a Tenant named name with the default Network cidr, whose owner
 // is the User <name>-owner, and lets the owner make the namespace <name>-ns. All
-// of it is deleted at the end of the test.
-func newTenant(t testing.TB, name, cidr string) tenant {
+// of it is deleted at the end of the test. The sandboxes are those that it may use,
+// the default one first; without any, what a Tenant has that says nothing.
+func newTenant(t testing.TB, name, cidr string, sandboxes ...string) tenant {
 	t.Helper()
 	tn := tenant{name: name, owner: name + "-owner", ns: name + "-ns"}
+	sandbox := "{}"
+	if len(sandboxes) > 0 {
+		sandbox = fmt.Sprintf("{default: %s, allowed: [%s]}", sandboxes[0], strings.Join(sandboxes, ", "))
+	}
 	apply(t, admin, fmt.Sprintf(`
 apiVersion: h8s.io/v1alpha1
 kind: User
@@ -31,7 +36,8 @@ metadata: {name: %[1]s}
 spec:
   members: [{kind: User, name: %[2]s, role: owner}]
   network: {cidrs: [%[3]q]}
-`, tn.name, tn.owner, cidr))
+  sandbox: %[4]s
+`, tn.name, tn.owner, cidr, sandbox))
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := try(admin, "get", "pods,events,services", "-n", tn.ns, "-o", "wide")

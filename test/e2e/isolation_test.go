@@ -20,7 +20,7 @@ import (
 )
 
 // rivals is two tenants on one CIDR and a third one on another, with pods on both
-// nodes, and the operator's own pods on the default network.
+// nodes and in both sandboxes, and the operator's own pods on the default network.
 type rivals struct {
 	a, b tenant
 	// c's addresses are not within the Network of the others, nor theirs within its
@@ -38,6 +38,8 @@ type rivals struct {
 	// services are the ClusterIPs of the Service "web" by tenant's name; nodePort is def's.
 	services map[string]string
 	nodePort string
+	// hyper are the pods that are virtual machines, by name.
+	hyper []string
 	// twinA and twinB are pods of a and b with one and the same address, on different nodes.
 	twinA, twinB string
 }
@@ -55,6 +57,7 @@ func TestIsolation(t *testing.T) {
 	t.Run("Internet", r.testInternet)
 	t.Run("FromDefaultNetwork", r.testFromDefaultNetwork)
 	t.Run("SpoofedSource", r.testSpoofedSource)
+	t.Run("ForgedFrames", r.testForgedFrames)
 	t.Run("OtherProtocols", r.testOtherProtocols)
 	t.Run("ForgedVXLAN", r.testForgedVXLAN)
 	t.Run("SpoofedFromDefaultNetwork", r.testSpoofedFromDefaultNetwork)
@@ -64,7 +67,7 @@ func TestIsolation(t *testing.T) {
 }
 
 // rivalPod is a pod that is Ready as long as the file podReady is there.
-func rivalPod(name, node string) string {
+func rivalPod(name, node, fields string) string {
 	return fmt.Sprintf(`
 apiVersion: v1
 kind: Pod
@@ -72,6 +75,7 @@ metadata: {name: %s, labels: {app: web}}
 spec:
   terminationGracePeriodSeconds: 1
   nodeSelector: {kubernetes.io/hostname: %s}
+  %s
   containers:
   - name: agnhost
     image: localhost/agnhost:latest
@@ -79,7 +83,7 @@ spec:
     command: [sh, -c, "mkdir /tmp/www && touch %s && httpd -p 8090 -h /tmp/www && exec /agnhost netexec --http-port=8080 --udp-port=8080"]
     ports: [{name: http, containerPort: 8080}, {name: udp, containerPort: 8080, protocol: UDP}]
     readinessProbe: {httpGet: {path: /ready, port: 8090}, periodSeconds: 1, timeoutSeconds: 10}
-`, name, node, podReady)
+`, name, node, fields, podReady)
 }
 
 const (
@@ -109,15 +113,18 @@ func newRivals(t *testing.T) *rivals {
 		t.Fatalf("these tests need two nodes, the cluster has %v", names)
 	}
 	r := &rivals{
-		a: newTenant(t, "iso-a", rivalsCIDR), b: newTenant(t, "iso-b", rivalsCIDR), c: newTenant(t, "iso-c", thirdCIDR),
-		def: operatorNamespace(t, "iso-default"),
-		n1:  names[0], n2: names[1],
+		a:     newTenant(t, "iso-a", rivalsCIDR, "gvisor", "hyper"),
+		b:     newTenant(t, "iso-b", rivalsCIDR, "gvisor", "hyper"),
+		c:     newTenant(t, "iso-c", thirdCIDR, "gvisor", "hyper"),
+		hyper: []string{"a2", "a3", "b1", "b3", "c2"},
+		def:   operatorNamespace(t, "iso-default"),
+		n1:    names[0], n2: names[1],
 		nodeIP: map[string]string{}, pods: map[string][]string{}, nodeOf: map[string]string{}, ips: map[string]string{}, services: map[string]string{},
 	}
 	for _, n := range []string{r.n1, r.n2} {
 		r.nodeIP[n] = kubectl(t, admin, "get", "node", n, "-o", `jsonpath={.status.addresses[?(@.type=="InternalIP")].address}`)
 	}
-	r.def.run(t, rivalPod("d1", r.n1), rivalPod("d2", r.n2), strings.Replace(webService, "spec:", "spec:\n  type: NodePort", 1))
+	r.def.run(t, rivalPod("d1", r.n1, ""), rivalPod("d2", r.n2, ""), strings.Replace(webService, "spec:", "spec:\n  type: NodePort", 1))
 	r.add(t, r.a, map[string]string{"a1": r.n1, "a2": r.n1, "a3": r.n2, "a4": r.n2})
 	r.add(t, r.b, map[string]string{"b1": r.n2, "b2": r.n2, "b3": r.n1, "b4": r.n2})
 	r.add(t, r.c, map[string]string{"c1": r.n1, "c2": r.n2})
@@ -165,7 +172,11 @@ func (r *rivals) add(t testing.TB, tn tenant, placement map[string]string) {
 	var manifests []string
 	names := slices.Sorted(maps.Keys(placement))
 	for _, p := range names {
-		manifests = append(manifests, rivalPod(p, placement[p]))
+		fields := ""
+		if slices.Contains(r.hyper, p) {
+			fields = "runtimeClassName: hyper"
+		}
+		manifests = append(manifests, rivalPod(p, placement[p], fields))
 	}
 	tn.run(t, manifests...)
 	tn.waitReady(t, names...)
@@ -708,70 +719,147 @@ func (r *rivals) testFromDefaultNetwork(t *testing.T) {
 // tenant who is root in her sandbox would, and as one who broke out of the
 // sandbox into the pod's network namespace would.
 func (r *rivals) testSpoofedSource(t *testing.T) {
-	const from, near, far = "a1", "a2", "a3"
-	self := r.ip(r.a, from)
+	for from, targets := range map[string]map[string]string{
+		"a1": {"same node": "a2", "other node": "a3"},
+		"a2": {"same node": "a1", "other node": "a4"},
+	} {
+		for where, target := range targets {
+			t.Run(from+" to "+where, func(t *testing.T) { r.spoof(t, from, target) })
+		}
+	}
+}
+
+// spoof sends from one of a's pods to another.
+func (r *rivals) spoof(t *testing.T, from, target string) {
+	neighbours := slices.DeleteFunc(slices.Clone(r.pods[r.a.name]), func(p string) bool { return p == from })
+	spoofed := map[string]string{
+		"nobody":          "10.77.255.77",
+		"node":            r.nodeIP[r.n1],
+		"other node":      r.nodeIP[r.n2],
+		"node's uplink":   "169.254.77.1",
+		"portal's uplink": "169.254.77.2",
+		"portal":          "169.254.1.1",
+		"cluster DNS":     "10.96.0.10",
+		"default network": r.ip(r.def, "d1"),
+		"loopback":        "127.0.0.1",
+		"internet":        "198.51.100.7",
+		"zero":            "0.0.0.0",
+	}
+	for _, p := range neighbours {
+		spoofed["neighbour "+p] = r.ip(r.a, p)
+	}
 	netns := r.a.netnsOf(t, r.node(r.a, from), from)
 	gateway := r.nextHop(t, r.a, from, netns)
-	spoofed := map[string]string{
-		"neighbour":        r.ip(r.a, near),
-		"remote neighbour": r.ip(r.a, far),
-		"nobody":           "10.77.255.77",
-		"node":             r.nodeIP[r.n1],
-		"other node":       r.nodeIP[r.n2],
-		"node's uplink":    "169.254.77.1",
-		"portal's uplink":  "169.254.77.2",
-		"portal":           "169.254.1.1",
-		"cluster DNS":      "10.96.0.10",
-		"default network":  r.ip(r.def, "d1"),
-		"loopback":         "127.0.0.1",
-		"internet":         "198.51.100.7",
-		"zero":             "0.0.0.0",
+	mark := "h8s-spoof-" + from + "-" + target
+	saw := captureIn(t, target, r.a.netnsOf(t, r.node(r.a, target), target), "eth0", mark, mark+" control netns")
+	packet := func(source, label string) probe.Packet {
+		return probe.Packet{
+			Source:      netip.AddrPortFrom(netip.MustParseAddr(source), 4000),
+			Destination: netip.AddrPortFrom(netip.MustParseAddr(r.ip(r.a, target)), 8080),
+			Payload:     []byte(mark + " " + label),
+		}
 	}
-	for _, target := range []string{near, far} {
-		t.Run(map[string]string{near: "same node", far: "other node"}[target], func(t *testing.T) {
-			mark := "h8s-spoof-" + target
-			saw := captureIn(t, target, r.a.netnsOf(t, r.node(r.a, target), target), "eth0", mark, mark+" control netns")
-			packet := func(source, label string) probe.Packet {
-				return probe.Packet{
-					Source:      netip.AddrPortFrom(netip.MustParseAddr(source), 4000),
-					Destination: netip.AddrPortFrom(netip.MustParseAddr(r.ip(r.a, target)), 8080),
-					Payload:     []byte(mark + " " + label),
-				}
-			}
-			// From within gVisor, and then the same from the pod's network namespace.
-			for name, source := range spoofed {
-				p := packet(source, "SPOOFED gVisor "+name)
-				if err := r.a.sendFromPod(from, mustJSON(t, []probe.Packet{p})); err != nil {
-					t.Errorf("a raw packet with source %s was not sent: %v", source, err)
-				}
-			}
-			if err := r.a.sendFromPod(from, mustJSON(t, []probe.Packet{packet(self, "control gVisor")})); err != nil {
-				t.Errorf("control: a raw packet with the pod's own source: %v", err)
-			}
-			var packets []probe.Packet
-			for name, source := range spoofed {
-				packets = append(packets, packet(source, "SPOOFED netns "+name))
-			}
-			packets = append(packets, packet(self, "control netns"))
-			for i := range packets {
-				packets[i].Interface, packets[i].Gateway = "eth0", gateway
-			}
-			sendFrom(t, netns, packets...)
+	frame := func(p probe.Packet) probe.Packet {
+		p.Interface, p.Gateway = "eth0", gateway
+		return p
+	}
+	var inside, outside []probe.Packet
+	for name, source := range spoofed {
+		p := packet(source, "SPOOFED sandbox "+name)
+		if slices.Contains(r.hyper, from) { // its kernel has opinions about the sources of raw packets, and none about frames
+			p = frame(p)
+		}
+		inside = append(inside, p)
+		outside = append(outside, frame(packet(source, "SPOOFED netns "+name)))
+	}
+	self := r.ip(r.a, from)
+	if err := r.a.sendFromPod(from, mustJSON(t, append(inside, packet(self, "control sandbox")))); err != nil {
+		t.Errorf("raw packets: %v", err)
+	}
+	sendFrom(t, netns, append(outside, frame(packet(self, "control netns")))...)
 
-			// What was sent before the control on the same path came before it, if it came.
-			controls := 0
-			for _, line := range saw.lines(t) {
-				if strings.Contains(line, "SPOOFED") {
-					t.Errorf("LEAK: %s arrived at %s", line, target)
-				}
-				if strings.Contains(line, "control") {
-					controls++
-				}
+	// What was sent before the control on the same path came before it, if it came.
+	controls := 0
+	for _, line := range saw.lines(t) {
+		if strings.Contains(line, "SPOOFED") {
+			t.Errorf("LEAK: %s arrived at %s", line, target)
+		}
+		if strings.Contains(line, "control") {
+			controls++
+		}
+	}
+	if controls != 2 {
+		t.Errorf("%d of 2 control packets arrived at %s: %s", controls, target, saw.out.String())
+	}
+}
+
+// testForgedFrames has root in a virtual machine, who has a whole network card, send
+// what makes other machines of an Ethernet believe things: none of it leaves the
+// pod's own link.
+func (r *rivals) testForgedFrames(t *testing.T) {
+	const from, mark = "a2", "h8s-frame"
+	const all, forged = "ff:ff:ff:ff:ff:ff", "02:00:5e:00:53:01"
+	netns := r.a.netnsOf(t, r.node(r.a, from), from)
+	gateway := r.nextHop(t, r.a, from, netns)
+	self, neighbour := netip.MustParseAddr(r.ip(r.a, from)), netip.MustParseAddr(r.ip(r.a, "a1"))
+	arp := func(operation byte, claimed, asked netip.Addr) []byte { // RFC 826
+		sender, target := claimed.As4(), asked.As4()
+		mac, _ := net.ParseMAC(forged)
+		body := append(append([]byte{0, 1, 8, 0, 6, 4, 0, operation}, mac...), sender[:]...)
+		return append(append(append(body, 0, 0, 0, 0, 0, 0), target[:]...), mark+" FORGED ARP"...)
+	}
+	port := func(address string, port uint16) netip.AddrPort {
+		return netip.AddrPortFrom(netip.MustParseAddr(address), port)
+	}
+	packets := []probe.Packet{
+		{Ethertype: 0x0806, Gateway: all, Payload: arp(2, neighbour, neighbour)},
+		{Ethertype: 0x0806, Gateway: all, Payload: arp(1, netip.MustParseAddr("169.254.1.1"), neighbour)},
+		{Ethertype: 0x0806, Gateway: gateway, Payload: arp(2, neighbour, netip.MustParseAddr("169.254.1.1"))},
+		// A router advertisement (RFC 4861), and the answer of a DHCP server.
+		{Protocol: 58, Gateway: "33:33:00:00:00:01", Source: port("fe80::1", 0), Destination: port("ff02::1", 0), Payload: []byte("\x86\x00\x00\x00\x40\x00\x07\x08" + mark + " FORGED RA")},
+		{Gateway: all, Source: port("169.254.1.1", 67), Destination: port("255.255.255.255", 68), Payload: []byte(mark + " FORGED DHCP")},
+		{Gateway: all, Source: port(self.String(), 67), Destination: port("255.255.255.255", 68), Payload: []byte(mark + " FORGED DHCP")},
+		{Gateway: gateway, Hardware: forged, Source: port(neighbour.String(), 4000), Destination: port(r.ip(r.a, "a4"), 8080), Payload: []byte(mark + " FORGED hardware and source")},
+		{Gateway: gateway, Hardware: gateway, Source: port(neighbour.String(), 4000), Destination: port(r.ip(r.a, "a4"), 8080), Payload: []byte(mark + " FORGED gateway's hardware")},
+	}
+	control := probe.Packet{Gateway: gateway, Source: port(self.String(), 4000), Payload: []byte(mark + " control")}
+	for i := range packets {
+		packets[i].Interface = "eth0"
+	}
+	control.Interface = "eth0"
+	own := captureIn(t, from, netns, "eth0", mark, mark+" control")
+	seen := map[string]*capture{}
+	for _, v := range []struct {
+		tenant
+		pod string
+	}{{r.a, "a1"}, {r.a, "a3"}, {r.a, "a4"}, {r.b, "b3"}, {r.c, "c1"}} {
+		seen[v.pod] = captureIn(t, v.pod, v.netnsOf(t, r.node(v.tenant, v.pod), v.pod), "eth0", mark, mark+" control")
+	}
+	for _, friend := range []string{"a1", "a3", "a4"} {
+		control.Destination = port(r.ip(r.a, friend), 8080)
+		packets = append(packets, control)
+	}
+	if err := r.a.sendFromPod(from, mustJSON(t, packets)); err != nil {
+		t.Fatal(err)
+	}
+	for _, friend := range []string{"a1", "a3", "a4"} {
+		for _, line := range seen[friend].lines(t) {
+			if strings.Contains(line, "FORGED") {
+				t.Errorf("LEAK: %s arrived at %s", line, friend)
 			}
-			if controls != 2 {
-				t.Errorf("%d of 2 control packets arrived at %s: %s", controls, target, saw.out.String())
-			}
-		})
+		}
+	}
+	for pod, saw := range seen {
+		if out := saw.out.String(); strings.Contains(out, "FORGED") {
+			t.Errorf("LEAK: %s saw %s", pod, out)
+		}
+	}
+	if lines := own.lines(t); len(lines) != len(packets)-2 {
+		t.Errorf("control: the pod's own link saw %d frames of the machine's, want %d: %q", len(lines), len(packets)-2, lines)
+	}
+	// Nobody believes any of it.
+	for _, pod := range []string{"a2", "a3"} {
+		dialAll(t, r.a, pod, r.own(r.a, pod))
 	}
 }
 
@@ -815,7 +903,7 @@ func (r *rivals) testOtherProtocols(t *testing.T) {
 		t.Helper()
 		var inside, outside []probe.Packet
 		for protocol := range payloads {
-			inside = append(inside, packet(protocol, r.ip(r.a, from), to, mark+" LEAK "+from+" gVisor "+protocol))
+			inside = append(inside, packet(protocol, r.ip(r.a, from), to, mark+" LEAK "+from+" sandbox "+protocol))
 			outside = append(outside, packet(protocol, r.ip(r.a, from), to, mark+" LEAK "+from+" netns "+protocol))
 		}
 		for _, destination := range []string{"ff02::1", "ff02::2", "fe80::1", "::ffff:" + to, "2001:db8::1"} {
@@ -825,7 +913,7 @@ func (r *rivals) testOtherProtocols(t *testing.T) {
 			})
 		}
 		if err := r.a.sendFromPod(from, mustJSON(t, inside)); err != nil {
-			t.Errorf("raw packets from within gVisor: %v", err)
+			t.Errorf("raw packets from within the sandbox: %v", err)
 		}
 		frames(t, r.a, from, outside...)
 	}
@@ -838,7 +926,7 @@ func (r *rivals) testOtherProtocols(t *testing.T) {
 			frames(t, r.a, "a1", packet("GRE", r.ip(r.a, "a1"), r.ip(r.a, friend), mark+" end"))
 			lines := strings.Join(saw.lines(t), "\n")
 			for protocol := range payloads {
-				for _, where := range []string{"gVisor", "netns"} {
+				for _, where := range []string{"sandbox", "netns"} {
 					if !strings.Contains(lines, where+" "+protocol) {
 						t.Errorf("%s from %s did not reach %s: %s", protocol, where, friend, lines)
 					}

@@ -31,11 +31,12 @@ import (
 	"h8s.io/hypernetes/test/e2e/probe"
 )
 
-// TestProbes runs pods of two tenants on one node and has kubelet and their
-// owners reach into them by every way there is.
+// TestProbes runs pods of two tenants on one node, one's in gVisor and the other's
+// virtual machines, and has kubelet and their owners reach into them by every way
+// there is.
 func TestProbes(t *testing.T) {
 	node := nodes(t)[1] // not the API server's: kubectl's requests cross the underlay
-	a, b := newTenant(t, "probes-a", "10.0.0.0/16"), newTenant(t, "probes-b", "10.0.0.0/16")
+	a, b := newTenant(t, "probes-a", "10.0.0.0/16"), newTenant(t, "probes-b", "10.0.0.0/16", "hyper")
 	both := []tenant{a, b}
 	for _, tn := range both {
 		tn.run(t, tlsSecret(t), probedPod("healthy", node, true), probedPod("sick", node, false), hookedPod("hooked", node), badHookPod("badhook", node))

@@ -12,7 +12,8 @@ import (
 )
 
 // shop is a tenant whose pod "client" uses the Services of pods "one" and "two",
-// which are on different nodes, and a rival with Services and pods of other names.
+// which are on different nodes and in different sandboxes, and a rival with Services
+// and pods of other names.
 type shop struct {
 	tenant
 	rival tenant
@@ -21,10 +22,10 @@ type shop struct {
 // TestServices uses every kind of Service from inside a tenant's Network, and its names.
 func TestServices(t *testing.T) {
 	names := nodes(t)
-	s := shop{tenant: newTenant(t, "svc-a", "10.0.0.0/16"), rival: newTenant(t, "svc-b", "10.0.0.0/16")}
+	s := shop{tenant: newTenant(t, "svc-a", "10.0.0.0/16", "gvisor", "hyper"), rival: newTenant(t, "svc-b", "10.0.0.0/16")}
 	s.run(t,
 		serverPod("one", names[0], 8080, "hostname: one, subdomain: headless"),
-		serverPod("two", names[1], 8081, "hostname: two, subdomain: headless"),
+		serverPod("two", names[1], 8081, "hostname: two, subdomain: headless, runtimeClassName: hyper"),
 		serverPod("client", names[0], 8080, ""),
 		shopServices)
 	s.rival.run(t, serverPod("secret", names[1], 8080, "hostname: secret, subdomain: secret-headless"), rivalServices)

@@ -24,6 +24,9 @@ import (
 const (
 	// callTimeout bounds what a guest does at once unless it hangs.
 	callTimeout = 10 * time.Second
+	// startTimeout bounds the start of a process, which is much work where the processor is
+	// emulated and many want it.
+	startTimeout = time.Minute
 	// maxMessage is how much of a refusal is read.
 	maxMessage = 4 << 10
 )

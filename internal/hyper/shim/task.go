@@ -35,7 +35,11 @@ func (s *service) find(id, execID string) (*process, error) {
 
 // ask calls the guest about a process, which must not have ended.
 func ask[T any](ctx context.Context, p *process, call func(context.Context, task.TTRPCTaskService) (T, error)) (T, error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	return askWithin(ctx, callTimeout, p, call)
+}
+
+func askWithin[T any](ctx context.Context, timeout time.Duration, p *process, call func(context.Context, task.TTRPCTaskService) (T, error)) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	if p.ended() {
 		var none T
@@ -69,7 +73,7 @@ func (s *service) Start(ctx context.Context, r *task.StartRequest) (*task.StartR
 	if err != nil {
 		return nil, toGRPC(err)
 	}
-	started, err := ask(ctx, p, func(ctx context.Context, guest task.TTRPCTaskService) (*task.StartResponse, error) {
+	started, err := askWithin(ctx, startTimeout, p, func(ctx context.Context, guest task.TTRPCTaskService) (*task.StartResponse, error) {
 		return guest.Start(ctx, &task.StartRequest{ID: r.ID, ExecID: r.ExecID})
 	})
 	if err != nil {
@@ -114,14 +118,14 @@ func (s *service) Exec(ctx context.Context, r *task.ExecProcessRequest) (_ *empt
 	if err != nil {
 		return nil, toGRPC(err)
 	}
-	opening, cancel := context.WithTimeout(ctx, callTimeout)
+	opening, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	streams, inside, err := openStreams(opening, c.pod.guest.channel, p.stdio, r.ID+"."+r.ExecID)
 	if err != nil {
 		return nil, toGRPC(err)
 	}
 	p.setStreams(streams)
-	_, err = ask(ctx, p, func(ctx context.Context, guest task.TTRPCTaskService) (*emptypb.Empty, error) {
+	_, err = askWithin(ctx, startTimeout, p, func(ctx context.Context, guest task.TTRPCTaskService) (*emptypb.Empty, error) {
 		return guest.Exec(ctx, &task.ExecProcessRequest{
 			ID: r.ID, ExecID: r.ExecID, Spec: spec,
 			Terminal: inside.terminal, Stdin: inside.stdin, Stdout: inside.stdout, Stderr: inside.stderr,

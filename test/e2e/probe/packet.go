@@ -27,6 +27,10 @@ type Packet struct {
 	// packet socket could do. Otherwise it is a raw IP packet.
 	Interface string `json:"interface,omitempty"`
 	Gateway   string `json:"gateway,omitempty"`
+	// Hardware is the frame's source; if empty, the interface's own address.
+	Hardware string `json:"hardware,omitempty"`
+	// Ethertype, if set, says what the payload is: then the frame has no IP header.
+	Ethertype uint16 `json:"ethertype,omitempty"`
 }
 
 func send(packets []Packet) error {
@@ -70,12 +74,22 @@ func (p Packet) frame() error {
 		return fmt.Errorf("packet socket: %w", err)
 	}
 	defer unix.Close(fd)
-	ethertype := uint16(unix.ETH_P_IP)
-	if p.Source.Addr().Is6() {
-		ethertype = unix.ETH_P_IPV6
+	from := link.HardwareAddr
+	if p.Hardware != "" {
+		if from, err = net.ParseMAC(p.Hardware); err != nil {
+			return err
+		}
 	}
-	frame := binary.BigEndian.AppendUint16(append(append([]byte{}, to...), link.HardwareAddr...), ethertype)
-	return unix.Sendto(fd, append(frame, p.IP()...), 0, &unix.SockaddrLinklayer{Ifindex: link.Index, Protocol: htons(ethertype), Halen: 6, Addr: [8]byte(append(to, 0, 0))})
+	ethertype, payload := p.Ethertype, p.Payload
+	switch {
+	case ethertype != 0:
+	case p.Source.Addr().Is6():
+		ethertype, payload = unix.ETH_P_IPV6, p.IP()
+	default:
+		ethertype, payload = unix.ETH_P_IP, p.IP()
+	}
+	frame := binary.BigEndian.AppendUint16(append(append([]byte{}, to...), from...), ethertype)
+	return unix.Sendto(fd, append(frame, payload...), 0, &unix.SockaddrLinklayer{Ifindex: link.Index, Protocol: htons(ethertype), Halen: 6, Addr: [8]byte(append(to, 0, 0))})
 }
 
 // IP is the packet with its IP header and, if it is IPv4's, UDP header.
