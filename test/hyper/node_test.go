@@ -230,6 +230,23 @@ func (n *node) cgroups() []string {
 	return all
 }
 
+// limitMemory lets a cgroup have so many bytes more than it has.
+func (n *node) limitMemory(cgroup string, more int) {
+	n.t.Helper()
+	for _, files := range [][2]string{{"memory/%s/memory.usage_in_bytes", "memory/%s/memory.limit_in_bytes"}, {"%s/memory.current", "%s/memory.max"}} {
+		used, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", fmt.Sprintf(files[0], cgroup)))
+		if os.IsNotExist(err) {
+			continue
+		}
+		must(n.t, err)
+		bytes, err := strconv.Atoi(strings.TrimSpace(string(used)))
+		must(n.t, err)
+		must(n.t, os.WriteFile(filepath.Join("/sys/fs/cgroup", fmt.Sprintf(files[1], cgroup)), []byte(strconv.Itoa(bytes+more)), 0))
+		return
+	}
+	n.t.Fatalf("no memory cgroup %s", cgroup)
+}
+
 // processes are the shims and QEMUs of this node: they work in its directories.
 func (n *node) processes() []int {
 	all, _ := filepath.Glob("/proc/[0-9]*")

@@ -344,6 +344,18 @@ func TestFaults(t *testing.T) {
 		p.remove()
 		n.nothingLeft()
 	})
+	t.Run("the pod takes more memory than it may", func(t *testing.T) {
+		p := n.run(n.podConfig("fault"))
+		c := p.startContainer(p.containerConfig("main", "sleep", "1000"))
+		n.limitMemory(p.config.Linux.CgroupParent, 32<<20)
+		_, _ = p.runtime.ExecSync(t.Context(), &cri.ExecSyncRequest{ContainerId: c, Cmd: []string{"dd", "if=/dev/zero", "of=/full", "bs=1M", "count=200"}, Timeout: 60})
+		n.eventually("the container has ended", func() bool { return p.status(c).State == cri.ContainerState_CONTAINER_EXITED })
+		if s := p.status(c); s.Reason != "OOMKilled" || s.ExitCode != 137 {
+			t.Errorf("reason %s, exit code %d, want OOMKilled, 137", s.Reason, s.ExitCode)
+		}
+		p.remove()
+		n.nothingLeft()
+	})
 	t.Run("containerd is killed", func(t *testing.T) {
 		p := n.run(n.podConfig("fault"))
 		c := p.startContainer(p.containerConfig("main", "sh", "-c", "while :; do echo tick; sleep 0.2; done"))

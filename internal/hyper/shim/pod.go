@@ -203,13 +203,7 @@ func (p *pod) watch() {
 	select {
 	case <-p.vm.Done():
 	case <-p.guest.channel.Done():
-		// A guest in good order takes its channel with it when it powers off.
-		select {
-		case <-p.vm.Done():
-		case <-time.After(time.Second):
-			log.L.Warn("the guest does not answer any more: end the virtual machine")
-			p.vm.Kill()
-		}
+		p.distrust("the guest does not answer any more", nil)
 	}
 	<-p.vm.Done()
 	why := p.vm.Err()
@@ -283,10 +277,15 @@ func (p *pod) stop(ctx context.Context) error {
 	}
 }
 
-// distrust ends the machine of a guest that does not do what it is told.
+// distrust ends the machine of a guest that does not do what it is told. A machine that
+// ends by itself, whose guest cannot answer either, has a reason of its own.
 func (p *pod) distrust(why string, err error) {
-	log.L.WithError(err).Warn(why + ": end the virtual machine")
-	p.vm.Kill()
+	select {
+	case <-p.vm.Done():
+	case <-time.After(2 * time.Second):
+		log.L.WithError(err).Warn(why + ": end the virtual machine")
+		p.vm.Kill()
+	}
 }
 
 // tail keeps the end of what is written to it.
