@@ -78,6 +78,9 @@ func (n machineNode) look() (owners map[string]string, shims map[string]bool, er
 		return nil, nil, err
 	}
 	for _, d := range dirs {
+		if !d.IsDir() || len(d.Name()) != machineIDChars {
+			continue // what all machines share
+		}
 		owners["directory "+filepath.Join(machineRunDir, d.Name())] = d.Name()
 	}
 	groups, err := cgroupDirs(n.cgroup + "/kubepods")
@@ -144,7 +147,7 @@ func parentPID(pid int) string {
 func (n machineNode) halfWritten(owners map[string]string) error {
 	for pattern, lockOf := range map[string]func(string) string{
 		"layers/*.partial": func(file string) string { return strings.TrimSuffix(file, ".partial") + ".lock" },
-		"templates/.*":     func(dir string) string { return dir + ".lock" },
+		"templates/*/.*":   func(dir string) string { return dir + ".lock" },
 	} {
 		found, err := filepath.Glob(filepath.Join(n.root+machineCache, pattern))
 		if err != nil {

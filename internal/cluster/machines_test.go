@@ -35,7 +35,7 @@ func TestMachineLeftovers(t *testing.T) {
 	expect()
 
 	layers := filepath.Join(node.root, machineCache, "layers")
-	templates := filepath.Join(node.root, machineCache, "templates")
+	templates := filepath.Join(node.root, machineCache, "templates", "tenant.acme")
 	for _, dir := range []string{
 		layers, filepath.Join(templates, "whole"), filepath.Join(templates, ".half"), filepath.Join(templates, ".saving"),
 		filepath.Join(node.root, machineRunDir, alive), filepath.Join(node.root, machineRunDir, dead),
@@ -48,6 +48,9 @@ func TestMachineLeftovers(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(layers, file), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := os.WriteFile(filepath.Join(node.root, machineRunDir, "users"), nil, 0o600); err != nil {
+		t.Fatal(err)
 	}
 	for _, path := range []string{filepath.Join(layers, "2.lock"), filepath.Join(templates, ".saving.lock")} {
 		lock, held, err := lockFile(path)
@@ -102,6 +105,6 @@ func TestMachineLeftovers(t *testing.T) {
 	}
 	expect(
 		"cgroup podx/"+machinePrefix+dead, "directory "+machineRunDir+"/"+dead, "half-written "+machineCache+"/layers/3.partial",
-		"half-written "+machineCache+"/templates/.half", fmt.Sprintf("process %d (qemu-system-x86_64)", orphan),
+		"half-written "+machineCache+"/templates/tenant.acme/.half", fmt.Sprintf("process %d (qemu-system-x86_64)", orphan),
 	)
 }

@@ -14,8 +14,9 @@ const (
 	defaultMemory = 512 * mebibyte
 	// minMemory is the least that a guest boots with and has something left.
 	minMemory = 128 * mebibyte
-	// hypervisorMemory is the part of a pod's cgroup that is QEMU's own.
-	hypervisorMemory = 64 * mebibyte
+	// hypervisorMemory is the part of a pod's cgroup that is QEMU's own. Under TCG, 64 MiB
+	// of it are for translated code.
+	hypervisorMemory = 96 * mebibyte
 	// memoryStep is what a guest's memory is a multiple of.
 	memoryStep = 2 * mebibyte
 
