@@ -93,6 +93,10 @@ disabled_plugins = ["io.containerd.nri.v1.nri"]
       [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.hyper.options]
         ConfigPath = "$DIR/hyper.yaml"
 `))
+	// As on a node, where it is in /run: what is written there must not wait for a disk.
+	must(t, os.MkdirAll(n.path("state"), 0o700))
+	must(t, syscall.Mount("tmpfs", n.path("state"), "tmpfs", 0, ""))
+	t.Cleanup(func() { _ = syscall.Unmount(n.path("state"), syscall.MNT_DETACH) })
 	n.start()
 	t.Cleanup(n.stop)
 	n.command("ctr", "-a", n.path("containerd.sock"), "-n", "k8s.io", "images", "import", "../../bin/images/busybox.tar")

@@ -23,9 +23,6 @@ import (
 	"h8s.io/hypernetes/internal/hyper/vm"
 )
 
-// entropySize is how many random bytes a guest begins with.
-const entropySize = 256
-
 // tenantAnnotation is v1alpha1.AnnotationTenant, whose package each pod's shim would
 // pay for with memory.
 const tenantAnnotation = "h8s.io/tenant"
@@ -104,8 +101,6 @@ func (p *pod) begin(ctx context.Context, timeout time.Duration, link guestapi.Li
 }
 
 func (p *pod) setUp(ctx context.Context, g *guest, link guestapi.Link) error {
-	entropy := make([]byte, entropySize)
-	_, _ = rand.Read(entropy) // it does not fail
 	id := sha256.Sum256([]byte(p.id))
 	hostname := p.config.GetHostname()
 	if hostname == "" {
@@ -115,10 +110,17 @@ func (p *pod) setUp(ctx context.Context, g *guest, link guestapi.Link) error {
 		Hostname:  hostname,
 		MachineID: hex.EncodeToString(id[:16]),
 		Time:      time.Now(),
-		Entropy:   entropy,
+		Entropy:   entropy(),
 		Sysctls:   p.config.GetLinux().GetSysctls(),
 		Links:     []guestapi.Link{link},
 	})
+}
+
+// entropy is what a guest's random numbers begin with.
+func entropy() []byte {
+	fresh := make([]byte, 256)
+	_, _ = rand.Read(fresh) // it does not fail
+	return fresh
 }
 
 // clones says whether machines are clones.
@@ -127,18 +129,23 @@ func (c Config) clones() bool { return c.Templates == nil || *c.Templates }
 func (c Config) templates() vm.Templates {
 	return vm.Templates{
 		Dir: filepath.Join(c.CacheDir, "templates"),
-		// What is ready to be cloned is a guest that answers.
+		// What is ready to be cloned is a guest that has once done what each clone does
+		// first: its clones find the memory for that in the template. It gets no link, as it
+		// would speak on it in each clone before that has its own address.
 		Ready: func(ctx context.Context, rw io.ReadWriteCloser) error {
 			host, err := channel.NewHost(rw)
 			if err != nil {
 				return err
 			}
 			defer host.Close()
-			stream, err := host.Open(ctx, channel.Task, "")
+			g, err := newGuest(ctx, host)
 			if err != nil {
 				return err
 			}
-			return stream.Close()
+			defer g.close()
+			return g.call(ctx, http.MethodPost, "/v1/setup", guestapi.Setup{
+				Hostname: "template", Time: time.Now(), Entropy: entropy(),
+			})
 		},
 		// It is in no pod's cgroup, and the first to go when the node has no memory left:
 		// without it, a pod boots.
