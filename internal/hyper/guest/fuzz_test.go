@@ -33,7 +33,7 @@ func FuzzVolume(f *testing.F) {
 		if err := os.WriteFile(kept, []byte("kept"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		v := newVolumes(filepath.Join(top, "volumes"))
+		v := newVolumes(filepath.Join(top, "volumes"), 0)
 		if err := os.Mkdir(v.dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
