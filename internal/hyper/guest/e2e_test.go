@@ -624,7 +624,7 @@ func TestDisks(t *testing.T) {
 	body := strings.NewReader(`{"fileSystem": "erofs", "readOnly": true}`)
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, "PUT", "http://guest/v1/disks/never", body)
+	request, err := http.NewRequestWithContext(ctx, http.MethodPut, "http://guest/v1/disks/never", body)
 	if err != nil {
 		t.Fatal(err)
 	}
