@@ -49,7 +49,7 @@ func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
 	files := []file{
 		{"containerd/config.toml", 0o644, []byte(containerdConfig(snapshotter))},
 		{"containerd/runsc.toml", 0o644, []byte(runscConfig)},
-		{"containerd/conf.d/hyper.toml", 0o644, install.Containerd("")},
+		{"containerd/conf.d/00-hyper.toml", 0o644, install.Containerd("")},
 		{"cni/net.d/10-default.conflist", 0o644, defaultNetwork(n)},
 		{"kubernetes/kubelet.yaml", 0o644, []byte(kubeletConfig(c, n))},
 		{"kubernetes/kube-proxy.yaml", 0o644, []byte(kubeProxyConfig(n))},

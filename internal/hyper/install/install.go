@@ -35,16 +35,17 @@ var files = []struct { //nolint:gochecknoglobals // a constant
 // Containerd is the part of containerd's configuration that makes it run the handler
 // hyper with the shim in dir; if dir is empty, with the one on containerd's PATH.
 func Containerd(dir string) []byte {
-	var path string
+	runtime := "io.containerd.hyper.v1"
 	if dir != "" {
-		path = fmt.Sprintf("  runtime_path = %q\n", filepath.Join(dir, shim))
+		// Not runtime_path, which containerd heeds for sandboxes with a pause container only.
+		runtime = filepath.Join(dir, shim)
 	}
 	return []byte(`version = 3
 
 # One shim and one virtual machine per pod, and no pause container.
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.hyper]
-  runtime_type = "io.containerd.hyper.v1"
-` + path + `  sandboxer = "shim"
+  runtime_type = "` + runtime + `"
+  sandboxer = "shim"
   disable_pause_image_pull = true
 `)
 }

@@ -45,7 +45,7 @@ func TestEnsure(t *testing.T) {
 		t.Errorf("the shim's mode is %o", mode)
 	}
 	text, err := os.ReadFile(filepath.Join(confDir, dropIn))
-	if err != nil || !strings.Contains(string(text), `runtime_path = "`+dir+`/containerd-shim-hyper-v1"`) {
+	if err != nil || !strings.Contains(string(text), `runtime_type = "`+dir+`/containerd-shim-hyper-v1"`) {
 		t.Errorf("containerd's configuration: %v:\n%s", err, text)
 	}
 
