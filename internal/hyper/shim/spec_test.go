@@ -145,10 +145,10 @@ func TestSize(t *testing.T) {
 	}{
 		"no limits":              {cpus: 1, memory: 512 * mi},
 		"overhead without limit": {overhead: resources(100*mi, 50_000), cpus: 1, memory: 512 * mi},
-		"limit and overhead":     {limits: resources(300*mi, 50_000), overhead: resources(128*mi, 0), cpus: 1, memory: 364 * mi},
-		"rounded down":           {limits: resources(300*mi+5, 50_000), overhead: resources(67*mi, 0), cpus: 1, memory: 302 * mi},
+		"limit and overhead":     {limits: resources(300*mi, 50_000), overhead: resources(128*mi, 0), cpus: 1, memory: 332 * mi},
+		"rounded down":           {limits: resources(300*mi+5, 50_000), overhead: resources(67*mi, 0), cpus: 1, memory: 270 * mi},
 		"not of all":             {limits: resources(300*mi, 50_000), overhead: resources(128*mi, 0), unlimited: true, cpus: 1, memory: 512 * mi},
-		"much, and not of all":   {limits: resources(600*mi, 50_000), overhead: resources(128*mi, 0), unlimited: true, cpus: 1, memory: 664 * mi},
+		"much, and not of all":   {limits: resources(600*mi, 50_000), overhead: resources(128*mi, 0), unlimited: true, cpus: 1, memory: 632 * mi},
 		"very small":             {limits: resources(mi, 1000), cpus: 1, memory: 128 * mi},
 		"a part makes a whole":   {limits: resources(0, 110_000), cpus: 2, memory: 512 * mi},
 	} {
