@@ -309,7 +309,7 @@ func testHyperPortForward(t *testing.T, tn tenant) {
 			if err := c.(*net.TCPConn).CloseWrite(); err != nil {
 				return err
 			}
-			if n, err := c.Read(got); err != io.EOF {
+			if n, err := c.Read(got); !errors.Is(err, io.EOF) {
 				return fmt.Errorf("connection %d: after its half was closed: %d bytes, %w", i, n, err)
 			}
 			return nil

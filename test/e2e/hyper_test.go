@@ -267,6 +267,7 @@ func testHyperDebug(t *testing.T, tn tenant) {
 	if out := debug("into-one", "ps; cat /proc/1/root/own; uname -r", "--target=one"); !strings.Contains(out, "sleep 10001") || strings.Contains(out, "sleep 10002") || !strings.Contains(out, "of one\n") || !strings.Contains(out, "cloud") {
 		t.Errorf("kubectl debug --target=one:\n%s", out)
 	}
+	refused(t, tn.owner, "", "SYS_PTRACE", "debug", "whole", "-n", tn.ns, "--image=localhost/busybox:latest", "--container=by-default", "--", "true")
 	if out := debug("beside", "ps; wget -q -O - http://127.0.0.1:7001/"); strings.Contains(out, "sleep 1000") || !strings.Contains(out, "on loopback") {
 		t.Errorf("kubectl debug:\n%s", out)
 	}

@@ -42,6 +42,8 @@ type Outcome struct {
 
 const (
 	dialTimeout = 2 * time.Second
+	// Whoever may be reached may be slow: many virtual machines share a processor.
+	answerTimeout = 20 * time.Second
 	// A datagram may be lost for good reasons; three in a row are not.
 	datagrams = 3
 )
@@ -97,7 +99,7 @@ func (t Target) http(ctx context.Context) (string, error) {
 	if path == "" {
 		path = "/hostname"
 	}
-	client := &http.Client{Timeout: 2 * dialTimeout, Transport: &http.Transport{
+	client := &http.Client{Timeout: answerTimeout, Transport: &http.Transport{
 		DialContext: (&net.Dialer{Timeout: dialTimeout}).DialContext, DisableKeepAlives: true,
 	}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+t.Address+path, nil)
@@ -131,7 +133,7 @@ func (t Target) api(ctx context.Context) (string, error) {
 	if !roots.AppendCertsFromPEM(ca) {
 		return "", errors.New("ca.crt holds no certificate")
 	}
-	client := &http.Client{Timeout: 2 * dialTimeout, Transport: &http.Transport{
+	client := &http.Client{Timeout: answerTimeout, Transport: &http.Transport{
 		TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, DisableKeepAlives: true,
 	}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+t.Address+t.Path, nil)
