@@ -47,7 +47,7 @@ func workingTree(t testing.TB) string {
 		cp -a Makefile go.mod go.sum api build cmd deploy images internal upstream "$1"
 		mkdir "$1/bin"
 		cp -a bin/.version bin/.deps bin/h8s* bin/images "$1/bin"
-		for f in $(find bin -maxdepth 1 -type f ! -name '.*' ! -name 'h8s*') bin/cni; do cp -al "$f" "$1/bin"; done`
+		for f in $(find bin -maxdepth 1 -type f ! -name '.*' ! -name 'h8s*') bin/cni bin/hyper; do cp -al "$f" "$1/bin"; done`
 	cmd := exec.CommandContext(t.Context(), "bash", "-euc", script, "bash", tree)
 	cmd.Dir = cluster.root
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -177,6 +177,14 @@ func TestSideBySide(t *testing.T) {
 			t.Errorf("h8s up does not say which programs have changed: %v: %s", err, out)
 		}
 	})
+	// A virtual machine goes like everything else.
+	if _, err := tryInput(admin, ticker("machine", "n1", "", small), "--kubeconfig="+b.config, "apply", "-n", "acme-shop", "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+	b.kubectl(t, "wait", "-n", "acme-shop", "--for=condition=Ready", "pod/machine", "--timeout=60s")
+	if n := len(processesBelow("/h8s-"+name+"/", qemu)); n != 1 {
+		t.Errorf("%d virtual machines run, want 1", n)
+	}
 	if n := len(processesBelow("/h8s-"+name+"/", "runsc-sandbox")); n != 4 {
 		t.Errorf("%d sandboxes run, want the demo's 4", n)
 	}
