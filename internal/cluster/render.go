@@ -214,6 +214,8 @@ imports = ["/etc/containerd/conf.d/*.toml"]
 # A sandbox's shim may answer late on a busy machine; the default, 2s, fails an exec then.
 [timeouts]
   "io.containerd.timeout.task.state" = "10s"
+  # And what a killed shim leaves may take as long; the default is 5s.
+  "io.containerd.timeout.shim.cleanup" = "30s"
 
 [grpc]
   address = %q

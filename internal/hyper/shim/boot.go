@@ -43,33 +43,48 @@ func (p *pod) boot(ctx context.Context, nic *tap.Tap) (*vm.VM, *guest, error) {
 		Cgroup:  p.confine,
 		Console: &p.console,
 	}
-	if p.settings.clones() {
-		machine, guest, err := p.begin(ctx, templateTimeout, nic.Link, func(ctx context.Context) (*vm.VM, error) {
-			owner, err := p.settings.owner(p.config)
-			if err != nil {
-				return nil, err
-			}
-			return p.settings.templates().Clone(ctx, owner, c)
-		})
-		if err == nil || ctx.Err() != nil {
-			return machine, guest, err
-		}
-		log.G(ctx).WithError(err).Warn("no clone of a template: boot the virtual machine")
-	}
-	return p.begin(ctx, bootTimeout, nic.Link, func(ctx context.Context) (*vm.VM, error) { return vm.Start(ctx, c) })
-}
-
-// begin starts a machine and makes its guest this pod's. If that fails, nothing of
-// the machine is left.
-func (p *pod) begin(ctx context.Context, timeout time.Duration, link guestapi.Link,
-	start func(context.Context) (*vm.VM, error),
-) (_ *vm.VM, _ *guest, err error) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	machine, err := start(ctx)
+	machine, clone, err := p.machine(ctx, c)
 	if err != nil {
 		return nil, nil, err
 	}
+	guest, err := p.welcome(ctx, machine, nic.Link)
+	if err != nil {
+		if owner, noOwner := p.settings.owner(p.config); clone && noOwner == nil {
+			// The others may answer no more than this one.
+			err = errors.Join(err, p.settings.templates().Discard(owner, c))
+		}
+		return nil, nil, err
+	}
+	return machine, guest, nil
+}
+
+// machine starts the machine: it is a clone, or boots where none can be had. One that is
+// only slow is waited for: on a node without a processor to spare, to boot instead would
+// take twenty times as much of it.
+func (p *pod) machine(ctx context.Context, c vm.Config) (machine *vm.VM, clone bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
+	defer cancel()
+	if p.settings.clones() {
+		owner, err := p.settings.owner(p.config)
+		if err == nil {
+			if machine, err = p.settings.templates().Clone(ctx, owner, c); err == nil {
+				return machine, true, nil
+			}
+		}
+		if ctx.Err() != nil {
+			return nil, false, err
+		}
+		log.G(ctx).WithError(err).Warn("no clone of a template: boot the virtual machine")
+	}
+	machine, err = vm.Start(ctx, c)
+	return machine, false, err
+}
+
+// welcome waits for the machine's guest, and makes it this pod's. If that fails, nothing
+// of the machine is left.
+func (p *pod) welcome(ctx context.Context, machine *vm.VM, link guestapi.Link) (_ *guest, err error) {
+	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
+	defer cancel()
 	defer func() {
 		if err != nil {
 			machine.Kill()
@@ -90,14 +105,14 @@ func (p *pod) begin(ctx context.Context, timeout time.Duration, link guestapi.Li
 	}()
 	guest, err := connect(ctx, machine)
 	if err != nil {
-		return nil, nil, errors.Join(err, context.Cause(ctx))
+		return nil, errors.Join(err, context.Cause(ctx))
 	}
 	if err := p.setUp(ctx, guest, link); err != nil {
 		guest.close()
 		_ = guest.channel.Close()
-		return nil, nil, err
+		return nil, err
 	}
-	return machine, guest, nil
+	return guest, nil
 }
 
 func (p *pod) setUp(ctx context.Context, g *guest, link guestapi.Link) error {

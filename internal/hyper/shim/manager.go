@@ -181,12 +181,13 @@ func (manager) Stop(ctx context.Context, id string) (containerd.StopStatus, erro
 		return status, fmt.Errorf("what the sandbox left: %w", err)
 	}
 	status.Pid = left.QEMU
-	err = left.cleanUp()
+	// First what needs no time: containerd gives this process some seconds.
 	if left.Socket != "" {
 		if gone := os.Remove(left.Socket); !errors.Is(gone, fs.ErrNotExist) {
-			err = errors.Join(err, gone)
+			err = gone
 		}
 	}
+	err = errors.Join(err, left.cleanUp())
 	if err != nil {
 		// containerd would not call again, and would keep the bundle.
 		log.G(ctx).WithError(err).WithField("id", id).Error("clean up after a dead shim")

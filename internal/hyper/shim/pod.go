@@ -24,10 +24,10 @@ import (
 )
 
 const (
-	// bootTimeout bounds the start of a machine until its guest answers. Many may boot at once.
+	// bootTimeout bounds the start of a machine, which may include the making of its
+	// template, and then the wait until its guest answers. Many may start at once; the
+	// kubelet waits for four minutes.
 	bootTimeout = 100 * time.Second
-	// templateTimeout bounds the same for a clone, which includes the making of its template.
-	templateTimeout = 60 * time.Second
 	// collectTimeout bounds the waiting for a moment in which nobody starts a machine.
 	collectTimeout = 30 * time.Second
 	// shutdownTimeout is how long a guest may take to end itself in order.

@@ -42,10 +42,10 @@ type Templates struct {
 // fits, it boots one: of those who want the same, one does, and the others wait for it.
 // ctx bounds both. The owner is the name of a directory.
 func (t Templates) Clone(ctx context.Context, owner string, c Config) (*VM, error) {
-	if owner == "" || owner[0] == '.' || !filepath.IsLocal(owner) || filepath.Base(owner) != owner {
-		return nil, fmt.Errorf("the owner %q of a template is not the name of a directory", owner)
+	var err error
+	if c.Template, err = t.dir(owner, c); err != nil {
+		return nil, err
 	}
-	c.Template = filepath.Join(t.Dir, owner, fmt.Sprintf("%dcpu-%dMi", c.CPUs, c.Memory>>20))
 	if err := os.MkdirAll(t.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("directory of templates: %w", err)
 	}
@@ -67,6 +67,26 @@ func (t Templates) Clone(ctx context.Context, owner string, c Config) (*VM, erro
 	now := time.Now()
 	_ = os.Chtimes(c.Template, now, now) // at worst it is collected, and made again
 	return v, nil
+}
+
+func (t Templates) dir(owner string, c Config) (string, error) {
+	if owner == "" || owner[0] == '.' || !filepath.IsLocal(owner) || filepath.Base(owner) != owner {
+		return "", fmt.Errorf("the owner %q of a template is not the name of a directory", owner)
+	}
+	return filepath.Join(t.Dir, owner, fmt.Sprintf("%dcpu-%dMi", c.CPUs, c.Memory>>20)), nil
+}
+
+// Discard removes the owner's template of c's size, whose clones are of no use; those that
+// run keep it. It is idempotent.
+func (t Templates) Discard(owner string, c Config) error {
+	dir, err := t.dir(owner, c)
+	if err != nil {
+		return err
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("discard a template: %w", err)
+	}
+	return nil
 }
 
 func (t Templates) save(ctx context.Context, c Config) error {

@@ -129,7 +129,7 @@ func (g *guest) control(c net.Conn) {
 
 func (g *guest) tasks(c net.Conn) {
 	switch g.behaviour {
-	case "large answers":
+	case "large":
 		header := binary.BigEndian.AppendUint32(nil, 4<<20)
 		header = append(binary.BigEndian.AppendUint32(header, 1), 2, 0)
 		message := append(header, make([]byte, 4<<20)...)
@@ -139,7 +139,7 @@ func (g *guest) tasks(c net.Conn) {
 				return
 			}
 		}
-	case "deafness":
+	case "deaf":
 		select {}
 	}
 	server, err := ttrpc.NewServer()
