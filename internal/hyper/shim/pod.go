@@ -74,8 +74,14 @@ type pod struct {
 }
 
 func newPod(id string, config *cri.PodSandboxConfig, netns string, settings Config, bundle string, publish func(string, any)) (*pod, error) {
-	if netns == "" {
+	shares := config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	switch {
+	case netns == "":
 		return nil, refusal("hostNetwork is not for this runtime: the pod is a virtual machine, which is not in the node's network")
+	case shares.GetPid() == cri.NamespaceMode_NODE:
+		return nil, refusal("hostPID is not for this runtime: the pod is a virtual machine, which has no process of the node")
+	case shares.GetIpc() == cri.NamespaceMode_NODE:
+		return nil, refusal("hostIPC is not for this runtime: the pod is a virtual machine, which shares no memory with the node")
 	}
 	cache, err := layers.NewCache(filepath.Join(settings.CacheDir, "layers"))
 	if err != nil {
