@@ -18,6 +18,7 @@ KUBE := kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy
 CONTAINERD := containerd containerd-shim-runc-v2 ctr
 CNI := main/ptp main/bridge main/loopback ipam/host-local meta/portmap
 UPSTREAM := etcd $(KUBE) agnhost $(CONTAINERD) runsc containerd-shim-runsc-v1 runc helm metrics-server $(addprefix cni/,$(notdir $(CNI)))
+E2E := e2e.test ginkgo nnp
 OURS := h8s h8s-controller h8s-node h8s-cni
 IMAGES := pause busybox agnhost h8s
 
@@ -35,7 +36,7 @@ DPKG := $(wildcard /var/lib/dpkg/status)
 step = @./build/step.sh '$(1)' '$(BIN)/log/$(subst /,-,$(subst $() $(),-,$(1))).log' "$(2)"
 gobuild = CGO_ENABLED=0 go build -buildvcs=false -trimpath
 
-.PHONY: build up down test test-hyper bench lint generate deps upstream ours hyper images clean
+.PHONY: build up down test test-hyper e2e-hyper e2e-programs bench lint generate deps upstream ours hyper images clean
 
 build: deps upstream ours hyper images ## everything, into bin/
 
@@ -55,6 +56,18 @@ $(addprefix $(BIN)/,$(KUBE)): $(BIN)/%: upstream/kubernetes/go.mod
 
 $(BIN)/agnhost: upstream/kubernetes/go.mod
 	$(call step,build agnhost,cd upstream/kubernetes && $(gobuild) -ldflags '$(KUBE_LDFLAGS)' -o $@ k8s.io/kubernetes/test/images/agnhost)
+
+# Kubernetes' own end-to-end tests, what runs them in parallel, and the program of one of their images.
+e2e-programs: $(addprefix $(BIN)/,$(E2E))
+
+$(BIN)/e2e.test: upstream/kubernetes/go.mod
+	$(call step,build e2e.test,cd upstream/kubernetes && CGO_ENABLED=0 go test -c -vet=off -buildvcs=false -trimpath -ldflags '$(KUBE_LDFLAGS)' -o $@ k8s.io/kubernetes/test/e2e)
+
+$(BIN)/ginkgo: upstream/kubernetes/go.mod
+	$(call step,build ginkgo,cd upstream/kubernetes && $(gobuild) -ldflags '-s -w' -o $@ github.com/onsi/ginkgo/v2/ginkgo)
+
+$(BIN)/nnp: upstream/kubernetes/go.mod
+	$(call step,build nnp,cd upstream/kubernetes && $(gobuild) -ldflags '-s -w' -o $@ k8s.io/kubernetes/test/images/nonewprivs)
 
 $(addprefix $(BIN)/,$(CONTAINERD)): $(BIN)/%: upstream/containerd/go.mod
 	$(call step,build $*,cd upstream/containerd && $(gobuild) -ldflags '-s -w -X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)' -o $@ github.com/containerd/containerd/v2/cmd/$*)
@@ -127,6 +140,9 @@ test: build $(BIN)/golangci-lint ## everything: generated code, lint, unit, kern
 
 test-hyper: build ## the VM sandbox, by containerd's CRI and real virtual machines
 	@go run ./test/runner -only hyper
+
+e2e-hyper: build e2e-programs ## Kubernetes' own tests of pods, each pod in a virtual machine
+	@go run ./test/runner -only conformance
 
 bench: build ## measurements side by side with what a user would pick instead
 	@go run ./bench

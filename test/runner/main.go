@@ -35,7 +35,7 @@ type suite struct {
 }
 
 func suites() []suite {
-	unit := []string{"go", "test", "-race", "-timeout=15m", "./api/...", "./internal/...", "./cmd/...", "./images/...", "./bench/...", "./build/...", "./test/runner/..."}
+	unit := []string{"go", "test", "-race", "-timeout=15m", "./api/...", "./internal/...", "./cmd/...", "./images/...", "./bench/...", "./build/...", "./test/runner/...", "./test/conformance/..."}
 	return []suite{
 		{name: "generated code", argv: []string{"./test/generated.sh"}},
 		{name: "lint", argv: []string{"make", "--no-print-directory", "lint"}},
@@ -43,6 +43,7 @@ func suites() []suite {
 		{name: "gVisor shim", dir: "upstream/gvisor", argv: []string{"go", "test", "-race", "-timeout=10m", "./shim/..."}, goes: true},
 		{name: "cluster", argv: []string{"go", "test", "-timeout=40m", "./test/e2e/..."}, goes: true},
 		{name: "hyper", argv: []string{"go", "test", "-tags=hyper", "-p=1", "-timeout=30m", "./internal/hyper/...", "./test/hyper/..."}, goes: true, asked: true},
+		{name: "conformance", argv: []string{"go", "test", "-tags=hyper", "-timeout=3h", "./test/conformance"}, goes: true, asked: true},
 	}
 }
 
