@@ -72,6 +72,10 @@ $(BIN)/nnp: upstream/kubernetes/go.mod
 $(addprefix $(BIN)/,$(CONTAINERD)): $(BIN)/%: upstream/containerd/go.mod
 	$(call step,build $*,cd upstream/containerd && $(gobuild) -ldflags '-s -w -X github.com/containerd/containerd/v2/version.Version=$(CONTAINERD_VERSION)' -o $@ github.com/containerd/containerd/v2/cmd/$*)
 
+# Its own tests of the CRI.
+$(BIN)/cri-integration.test: upstream/containerd/go.mod
+	$(call step,build cri-integration.test,cd upstream/containerd && CGO_ENABLED=0 go test -c -vet=off -buildvcs=false -trimpath -ldflags '-s -w' -o $@ github.com/containerd/containerd/v2/integration)
+
 # runsc chroots itself without a dynamic loader: it must be static.
 $(BIN)/runsc: upstream/gvisor/go.mod
 	$(call step,build runsc,cd upstream/gvisor && $(gobuild) -ldflags '-s -w' -o $@ gvisor.dev/gvisor/runsc)
@@ -138,7 +142,7 @@ down: ## removes the cluster and everything it made
 test: build $(BIN)/golangci-lint ## everything: generated code, lint, unit, kernel, cluster
 	@go run ./test/runner
 
-test-hyper: build ## the VM sandbox, by containerd's CRI and real virtual machines
+test-hyper: build $(BIN)/cri-integration.test ## the VM sandbox, by containerd's CRI and real virtual machines
 	@go run ./test/runner -only hyper
 
 e2e-hyper: build e2e-programs ## Kubernetes' own tests of pods, each pod in a virtual machine
