@@ -37,7 +37,11 @@ type standIn struct {
 // needs more of an image than its stand-in has is excluded.
 var standIns = map[string]standIn{
 	"pause": {base: "pause"},
-	"busybox": {base: "busybox", files: []tar.Header{{Name: "etc/passwd", Mode: 0o644}, {Name: "etc/group", Mode: 0o644}}, text: map[string]string{
+	"busybox": {base: "busybox", files: []tar.Header{
+		{Name: "bin/sysctl", Typeflag: tar.TypeSymlink, Linkname: "/bin/busybox"},
+		{Name: "etc/passwd", Mode: 0o644},
+		{Name: "etc/group", Mode: 0o644},
+	}, text: map[string]string{
 		"etc/passwd": "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/usr/sbin:/bin/false\nnobody:x:65534:65534:nobody:/home:/bin/false\n",
 		"etc/group":  "root:x:0:\ndaemon:x:1:\nwheel:x:10:root\nnogroup:x:65534:\n",
 	}},
@@ -55,8 +59,11 @@ var standIns = map[string]standIn{
 	}},
 	"nginx": {
 		base: "busybox", files: []tar.Header{{Name: "www/index.html", Mode: 0o644}},
-		text:   map[string]string{"www/index.html": "<title>Welcome to nginx!</title>\n"},
-		config: func(c *v1.Config) { c.Cmd = []string{"httpd", "-f", "-p", "80", "-h", "/www"} },
+		text: map[string]string{"www/index.html": "<title>Welcome to nginx!</title>\n"},
+		// Arguments that were meant for another image do not keep it from starting.
+		config: func(c *v1.Config) {
+			c.Entrypoint, c.Cmd = []string{"sh", "-c", "exec httpd -f -p 80 -h /www"}, nil
+		},
 	},
 	"nonewprivs": {
 		base: "busybox", files: []tar.Header{{Name: "usr/local/bin/nnp", Mode: 0o6755}},
