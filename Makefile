@@ -36,7 +36,7 @@ DPKG := $(wildcard /var/lib/dpkg/status)
 step = @./build/step.sh '$(1)' '$(BIN)/log/$(subst /,-,$(subst $() $(),-,$(1))).log' "$(2)"
 gobuild = CGO_ENABLED=0 go build -buildvcs=false -trimpath
 
-.PHONY: build up down test test-hyper e2e-hyper e2e-programs bench lint generate deps upstream ours hyper images clean
+.PHONY: build up down test test-hyper e2e-hyper e2e-programs bench bench-hyper lint generate deps upstream ours hyper images clean
 
 build: deps upstream ours hyper images ## everything, into bin/
 
@@ -149,7 +149,10 @@ e2e-hyper: build e2e-programs ## Kubernetes' own tests of pods, each pod in a vi
 	@go run ./test/runner -only conformance
 
 bench: build ## measurements side by side with what a user would pick instead
-	@go run ./bench
+	@go run ./bench $(ARGS)
+
+bench-hyper: build ## virtual machines side by side with runc and gVisor; ARGS='-output json' prints that
+	@go run ./bench -suite hyper $(ARGS)
 
 lint: $(BIN)/golangci-lint
 	@$(BIN)/golangci-lint run ./...

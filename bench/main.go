@@ -4,6 +4,7 @@
 //	go run ./bench                       its own cluster "bench", removed afterwards
 //	go run ./bench -cluster dev          a cluster that is up
 //	go run ./bench -only network,cni     some of the sections
+//	go run ./bench -suite hyper          pods that are virtual machines, beside runc and gVisor
 //
 // What counts are the ratios and their spread; the absolute values are those of
 // this machine. All sides of a comparison take turns in every round.
@@ -15,6 +16,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -46,8 +48,12 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 15, "rounds of the network measurements")
 	flag.IntVar(&o.adds, "adds", 80, "CNI calls of each plugin")
 	flag.IntVar(&o.starts, "starts", 12, "pods of each kind to start")
+	flag.IntVar(&o.bursts, "bursts", 2, "rounds of ten pods at once (suite hyper)")
+	flag.IntVar(&o.pods, "pods", 30, "idle pods of each kind whose memory is measured (suite hyper)")
 	flag.BoolVar(&o.keep, "keep", false, "leave the cluster that was made up")
-	only := flag.String("only", "", "sections to run, of "+strings.Join(sectionNames(), ",")+" (default all)")
+	flag.StringVar(&o.suite, "suite", productSuite, "what to measure: "+strings.Join(slices.Sorted(maps.Keys(suites())), " or "))
+	flag.StringVar(&o.output, "output", "table", "what to print at the end: table or json")
+	only := flag.String("only", "", "sections of the suite to run, separated by commas (default all)")
 	flag.Parse()
 	if *only != "" {
 		o.only = strings.Split(*only, ",")
@@ -60,7 +66,9 @@ func main() {
 
 type options struct {
 	cluster, bin, out    string
+	suite, output        string
 	rounds, adds, starts int
+	bursts, pods         int
 	keep                 bool
 	only                 []string
 }
@@ -72,43 +80,69 @@ type section struct {
 	run  func(ctx context.Context, l *lab, o options, p *progress) ([]Row, error)
 }
 
-// sections in the order in which they run: memory is last, because it begins by
-// taking away what the others made.
-func sections() []section {
-	return []section{
-		{"network", measureNetwork},
-		{"cni", measureCNI},
-		{"start", measureStart},
-		{"memory", measureMemory},
+// productSuite measures networks, CNI, start of pods and the node agent.
+const productSuite = "product"
+
+// suites are the sections of each suite, in the order in which they run.
+func suites() map[string][]section {
+	return map[string][]section{
+		productSuite: {
+			{"network", measureNetwork},
+			{"cni", measureCNI},
+			{"start", measureStart},
+			// Last, because it begins by taking away what the others made.
+			{"memory", measureMemory},
+		},
+		hyperSuite: {
+			{"resume", measureResume},
+			{"sandbox", measureSandbox},
+			{"start", measureMachineStart},
+			{"burst", measureBurst},
+			{"work", measureWork},
+			{"memory", measureMachineMemory},
+		},
 	}
 }
 
-func sectionNames() []string {
+// sections are those of the suite that were asked for.
+func (o options) sections() ([]section, error) {
+	suite, ok := suites()[o.suite]
+	if !ok {
+		return nil, fmt.Errorf("no suite %q: -suite takes %s", o.suite, strings.Join(slices.Sorted(maps.Keys(suites())), " or "))
+	}
 	var names []string
-	for _, s := range sections() {
+	for _, s := range suite {
 		names = append(names, s.name)
 	}
-	return names
+	for _, name := range o.only {
+		if !slices.Contains(names, name) {
+			return nil, fmt.Errorf("no section %q in suite %s: -only takes %s", name, o.suite, strings.Join(names, ", "))
+		}
+	}
+	return slices.DeleteFunc(suite, func(s section) bool {
+		return len(o.only) > 0 && !slices.Contains(o.only, s.name)
+	}), nil
 }
 
 func run(o options) (err error) {
-	for _, name := range o.only {
-		if !slices.Contains(sectionNames(), name) {
-			return fmt.Errorf("no section %q: -only takes %s", name, strings.Join(sectionNames(), ", "))
-		}
-	}
-	if min(o.rounds, o.adds, o.starts) < 1 {
-		return errors.New("-rounds, -adds and -starts must be 1 at least")
-	}
-	if os.Geteuid() != 0 {
+	sections, err := o.sections()
+	switch {
+	case err != nil:
+		return err
+	case min(o.rounds, o.adds, o.starts, o.bursts, o.pods) < 1:
+		return errors.New("-rounds, -adds, -starts, -bursts and -pods must be 1 at least")
+	case o.output != "table" && o.output != "json":
+		return fmt.Errorf("-output %q: there are table and json", o.output)
+	case os.Geteuid() != 0:
 		return errors.New("nodes and pods are network namespaces that only root can enter: run it as root")
 	}
-	p := newProgress(os.Stdout)
+	p := newProgress(os.Stderr)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the run took longer than %s", limit))
 	defer cancel()
 
+	report := newReport()
 	l, err := openLab(ctx, o, p)
 	if err != nil {
 		return err
@@ -119,13 +153,11 @@ func run(o options) (err error) {
 		defer cancel()
 		err = errors.Join(err, l.close(clean, p))
 	}()
+	report.Suite, report.Cluster, report.Version = o.suite, l.name, l.version
+	others := watchOthers(l.name)
 
-	report := newReport(l)
 	var failed []error
-	for _, s := range sections() {
-		if len(o.only) > 0 && !slices.Contains(o.only, s.name) {
-			continue
-		}
+	for _, s := range sections {
 		rows, err := s.run(ctx, l, o, p)
 		report.Rows = append(report.Rows, rows...)
 		if err != nil {
@@ -139,26 +171,43 @@ func run(o options) (err error) {
 			break
 		}
 	}
+	if o.suite == hyperSuite {
+		failed = append(failed, report.addMachines(l))
+	}
 	report.Seconds = p.elapsed().Seconds()
+	report.Machine.LoadAfter = loadAverage()
+	report.Machine.Others = others()
 	path := o.out
 	if path == "" {
-		path = filepath.Join("bench", "results", report.Started.Format("2006-01-02-150405")+".json")
+		path = filepath.Join("bench", "results", report.fileName())
 	}
-	if err := report.save(path); err != nil {
-		failed = append(failed, err)
+	data, err := json.MarshalIndent(report, "", "  ")
+	if err != nil {
+		return errors.Join(append(failed, fmt.Errorf("encode results: %w", err))...)
+	}
+	data = append(data, '\n')
+	failed = append(failed, save(path, data))
+	if o.output == "json" {
+		_, err := os.Stdout.Write(data)
+		return errors.Join(append(failed, err)...)
 	}
 	report.print(os.Stdout)
 	fmt.Printf("\nwritten to %s\n", path)
 	return errors.Join(failed...)
 }
 
-func (r *Report) save(path string) error {
-	data, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return fmt.Errorf("encode results: %w", err)
+// fileName is the time of the run, after the suite if that is not the product's.
+func (r *Report) fileName() string {
+	name := r.Started.Format("2006-01-02-150405") + ".json"
+	if r.Suite == productSuite {
+		return name
 	}
+	return r.Suite + "-" + name
+}
+
+func save(path string, data []byte) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("save results: %w", err)
 	}
-	return os.WriteFile(path, append(data, '\n'), 0o644)
+	return os.WriteFile(path, data, 0o644)
 }

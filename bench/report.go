@@ -11,16 +11,21 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"h8s.io/hypernetes/internal/hyper/accel"
 )
 
 // Report is one run.
 type Report struct {
 	Started time.Time `json:"started"`
 	Seconds float64   `json:"seconds"`
+	Suite   string    `json:"suite"`
 	Machine Machine   `json:"machine"`
 	Cluster string    `json:"cluster"`
 	Version string    `json:"version"`
-	Rows    []Row     `json:"rows"`
+	// Accelerator is what executed the guests, in the suite that has some.
+	Accelerator *accel.Choice `json:"accelerator,omitempty"`
+	Rows        []Row         `json:"rows"`
 	// Errors are sections that could not be measured.
 	Errors []string `json:"errors,omitempty"`
 }
@@ -30,9 +35,17 @@ type Machine struct {
 	Kernel string `json:"kernel"`
 	CPUs   int    `json:"cpus"`
 	CPU    string `json:"cpu"`
-	// LoadBefore is /proc/loadavg when the run began: what else the machine did.
+	// LoadBefore is /proc/loadavg when the run began, LoadAfter when it had measured
+	// everything: the latter is its own for the most part.
 	LoadBefore string `json:"loadBefore"`
+	LoadAfter  string `json:"loadAfter"`
+	// Others is the share of the machine's CPU time that was neither the run's nor idle,
+	// from 0 to 1; negative if it is not known.
+	Others float64 `json:"others"`
 }
+
+// loaded is the share from which on what others do is in the results.
+const loaded = 0.2
 
 // Row is one comparison.
 type Row struct {
@@ -76,23 +89,24 @@ func row(group, metric, unit string, ours, peer Side, target *Target) (Row, erro
 	return r, nil
 }
 
-func newReport(l *lab) *Report {
-	return &Report{
-		Started: time.Now().UTC().Truncate(time.Second),
-		Cluster: l.name,
-		Version: l.version,
-		Machine: thisMachine(),
+// absolute is a result without a peer.
+func absolute(group, metric, unit string, ours Side, target *Target) Row {
+	r := Row{Group: group, Metric: metric, Unit: unit, Ours: ours, Target: target}
+	if target != nil {
+		r.Verdict = target.verdict(Ratio{Median: ours.Median, P10: ours.P10, P90: ours.P90, Single: len(ours.Samples) == 1})
 	}
+	return r
+}
+
+func newReport() *Report {
+	return &Report{Started: time.Now().UTC().Truncate(time.Second), Machine: thisMachine()}
 }
 
 func thisMachine() Machine {
-	m := Machine{CPUs: runtime.NumCPU()}
+	m := Machine{CPUs: runtime.NumCPU(), LoadBefore: loadAverage()}
 	var uts unix.Utsname
 	if unix.Uname(&uts) == nil {
 		m.Kernel = unix.ByteSliceToString(uts.Release[:])
-	}
-	if data, err := os.ReadFile("/proc/loadavg"); err == nil {
-		m.LoadBefore = strings.TrimSpace(string(data))
 	}
 	if data, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		for line := range strings.Lines(string(data)) {
@@ -108,11 +122,18 @@ func thisMachine() Machine {
 // print writes the table.
 func (r *Report) print(out io.Writer) {
 	fmt.Fprintf(out, "\n%s, kernel %s, %d × %s\n", r.Version, r.Machine.Kernel, r.Machine.CPUs, r.Machine.CPU)
+	fmt.Fprintf(out, "load average %s before, %s after; %s\n", r.Machine.LoadBefore, r.Machine.LoadAfter, r.Machine.others())
+	if r.Accelerator != nil {
+		fmt.Fprintf(out, "guests are executed by %s: %s\n", r.Accelerator.Accelerator, r.Accelerator.Reason)
+	}
 	fmt.Fprintf(out, "ratio: ours/peer, median of the rounds (p10–p90)\n\n")
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "WHERE\tWHAT\tOURS\tPEER\tRATIO\tTARGET\tVERDICT")
 	for _, row := range r.Rows {
-		peer, ratio := "", ""
+		ours, peer, ratio := number(row.Ours.Median)+" "+row.Unit, "", ""
+		if row.Peer == nil && len(row.Ours.Samples) > 1 {
+			ours += fmt.Sprintf(" (%s–%s)", number(row.Ours.P10), number(row.Ours.P90))
+		}
 		if row.Peer != nil {
 			peer = fmt.Sprintf("%s %s", number(row.Peer.Median), row.Peer.Name)
 		}
@@ -122,8 +143,7 @@ func (r *Report) print(out io.Writer) {
 				ratio += fmt.Sprintf(" (%.2f–%.2f)", row.Ratio.P10, row.Ratio.P90)
 			}
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s %s\t%s\t%s\t%s\t%s\n",
-			row.Group, row.Metric, number(row.Ours.Median), row.Unit, peer, ratio, row.target(), row.Verdict)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", row.Group, row.Metric, ours, peer, ratio, row.target(), row.Verdict)
 	}
 	w.Flush()
 	for _, row := range r.Rows {
