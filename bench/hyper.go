@@ -56,14 +56,6 @@ func startKinds() []kind {
 	return append(runningKinds(), kind{name: kindCold, runtimeClass: v1alpha1.SandboxHyper, cold: true})
 }
 
-// handler is what the container runtime calls it.
-func (k kind) handler() string {
-	if k.runtimeClass == "" {
-		return "runc"
-	}
-	return k.runtimeClass
-}
-
 // machineLab is the node on which the suite hyper runs.
 type machineLab struct {
 	*lab
@@ -71,6 +63,8 @@ type machineLab struct {
 	cri    cri.RuntimeServiceClient
 	conn   *grpc.ClientConn
 	config shimConfig
+	// handlers are what the container runtime calls the runtimes, by RuntimeClass.
+	handlers map[string]string
 }
 
 // openMachines begins a section of the suite; the caller closes it.
@@ -78,15 +72,18 @@ func (l *lab) openMachines(ctx context.Context, p *progress) (*machineLab, error
 	if err := l.ensureFixture(ctx, p); err != nil {
 		return nil, err
 	}
+	// The embedded cluster's default.
+	m := &machineLab{lab: l, node: l.nodes[1], handlers: map[string]string{"": "runc"}}
 	for _, k := range startKinds() {
 		if k.runtimeClass == "" {
 			continue
 		}
-		if err := l.Get(ctx, client.ObjectKey{Name: k.runtimeClass}, &nodev1.RuntimeClass{}); err != nil {
+		var class nodev1.RuntimeClass
+		if err := l.Get(ctx, client.ObjectKey{Name: k.runtimeClass}, &class); err != nil {
 			return nil, fmt.Errorf("the RuntimeClass %s: %w", k.runtimeClass, err)
 		}
+		m.handlers[k.runtimeClass] = class.Handler
 	}
-	m := &machineLab{lab: l, node: l.nodes[1]}
 	m.config.path = filepath.Join(m.node.dir, "etc", "h8s", "hyper.yaml")
 	var err error
 	m.conn, err = grpc.NewClient("unix://"+filepath.Join(m.node.dir, "run", "containerd", "containerd.sock"),
@@ -179,11 +176,11 @@ func (l *lab) deletePods(ctx context.Context, pods ...*corev1.Pod) error {
 	return errors.Join(errs...)
 }
 
-// against compares one side with several others.
-func (r rounds) against(group, ours string, peers []string, list ...wanted) ([]Row, error) {
+// cloneAgainst compares clones with several peers.
+func (r rounds) cloneAgainst(group string, peers []string, list ...wanted) ([]Row, error) {
 	var rows []Row
 	for _, peer := range peers {
-		more, err := r.rows(group, ours, peer, list...)
+		more, err := r.rows(group, kindClone, peer, list...)
 		rows = append(rows, more...)
 		if err != nil {
 			return rows, err

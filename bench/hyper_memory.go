@@ -72,7 +72,7 @@ func measureMachineMemory(ctx context.Context, l *lab, o options, p *progress) (
 	}
 	if o.pods > 1 {
 		falls, err := row("memory", fmt.Sprintf("PSS per pod, %d against 1", o.pods), "MB",
-			newSide(fmt.Sprintf("%d clones", o.pods), []float64{last}), newSide("1 clone", []float64{first}), &Target{Value: 1})
+			newSide(kindClone, []float64{last}), newSide("alone", []float64{first}), &Target{Value: 1})
 		if err != nil {
 			return rows, err
 		}

@@ -182,7 +182,6 @@ func (r *resumer) measure(ctx context.Context, _ int) (map[string]float64, error
 	if err := errors.Join(task.Close(), setUp(ctx, host, r.tap.Link)); err != nil {
 		return nil, err
 	}
-	milliseconds := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1e3 }
 	return map[string]float64{
 		"running": milliseconds(running),
 		"answers": milliseconds(answers),

@@ -87,7 +87,7 @@ func measureWork(ctx context.Context, l *lab, _ options, p *progress) (_ []Row, 
 			{"200000 system calls", "s", "calls", nil},
 		}},
 	} {
-		more, err := r.against(g.name, kindClone, []string{kindRunc, kindGVisor}, g.list...)
+		more, err := r.cloneAgainst(g.name, []string{kindRunc, kindGVisor}, g.list...)
 		if len(more) > 0 {
 			more[len(more)-1].Note = g.note
 		}
@@ -102,7 +102,8 @@ func measureWork(ctx context.Context, l *lab, _ options, p *progress) (_ []Row, 
 // cpuReason says what a CPU-bound guest's slowness comes from.
 func cpuReason(c accel.Choice) string {
 	if c.Accelerator == accel.TCG {
-		return "the guest is slower because QEMU translates each of its instructions (TCG; floating point is computed by software): " + c.Reason
+		return "the guest is slower because QEMU translates each of its instructions (TCG), and computes floating point in software; " +
+			"why it has no KVM is said above"
 	}
 	return "the processor executes the guest itself (KVM)"
 }
@@ -173,7 +174,7 @@ func (c worker) latency(ctx context.Context) (float64, error) {
 		if _, err := c.exec(ctx, "/bin/true"); err != nil {
 			return 0, err
 		}
-		times = append(times, float64(time.Since(begin).Microseconds())/1e3)
+		times = append(times, milliseconds(time.Since(begin)))
 	}
 	return median(times), nil
 }

@@ -47,7 +47,7 @@ func main() {
 	flag.StringVar(&o.out, "out", "", "file for the results (default bench/results/<time>.json)")
 	flag.IntVar(&o.rounds, "rounds", 15, "rounds of the network measurements")
 	flag.IntVar(&o.adds, "adds", 80, "CNI calls of each plugin")
-	flag.IntVar(&o.starts, "starts", 12, "pods of each kind to start")
+	flag.IntVar(&o.starts, "starts", 0, "pods of each kind to start, one after the other (default 12, in suite hyper 8)")
 	flag.IntVar(&o.bursts, "bursts", 2, "rounds of ten pods at once (suite hyper)")
 	flag.IntVar(&o.pods, "pods", 30, "idle pods of each kind whose memory is measured (suite hyper)")
 	flag.BoolVar(&o.keep, "keep", false, "leave the cluster that was made up")
@@ -126,9 +126,16 @@ func (o options) sections() ([]section, error) {
 
 func run(o options) (err error) {
 	sections, err := o.sections()
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
+	}
+	if o.starts == 0 {
+		o.starts = 12
+		if o.suite == hyperSuite {
+			o.starts = 8
+		}
+	}
+	switch {
 	case min(o.rounds, o.adds, o.starts, o.bursts, o.pods) < 1:
 		return errors.New("-rounds, -adds, -starts, -bursts and -pods must be 1 at least")
 	case o.output != "table" && o.output != "json":
