@@ -229,7 +229,7 @@ func (s *sandboxes) startContainer(ctx context.Context, sandbox string, config *
 	c, err := s.cri.CreateContainer(ctx, &cri.CreateContainerRequest{
 		PodSandboxId: sandbox, SandboxConfig: config,
 		Config: &cri.ContainerConfig{
-			Metadata: &cri.ContainerMetadata{Name: container},
+			Metadata: &cri.ContainerMetadata{Name: container, Attempt: s.attempt}, // names are unique in a pod
 			Image:    &cri.ImageSpec{Image: image},
 			Command:  []string{"/bin/sleep", "86400"},
 			Linux: &cri.LinuxContainerConfig{
