@@ -139,7 +139,7 @@ up: build ## a two-node cluster with two demo tenants
 down: ## removes the cluster and everything it made
 	@if [ -x $(BIN)/h8s ]; then $(BIN)/h8s down --name $(NAME); else echo "nothing was built, so nothing is up"; fi
 
-test: build $(BIN)/golangci-lint ## everything: generated code, lint, unit, kernel, cluster
+test: build $(BIN)/golangci-lint $(BIN)/cri-integration.test ## everything: generated code, lint, unit, kernel, cluster
 	@go run ./test/runner
 
 test-hyper: build $(BIN)/cri-integration.test ## the VM sandbox, by containerd's CRI and real virtual machines

@@ -205,7 +205,8 @@ func testHyperTerminal(t *testing.T, tn tenant) {
 	p.types("while ! stty size | grep -q '40 101'; do sleep 0.1; done; echo first$((1+1))\n")
 	p.reads(`first2\s`)
 	// A shell of its own: the first one's programs have a process group each.
-	p.types(`sh -c 'trap "echo changed" WINCH; until stty size | grep "50 122"; do sleep 0.1; done; echo second$((1+1))'` + "\n")
+	p.types(`sh -c 'trap "echo changed" WINCH; echo waiting$((1+1)); until stty size | grep "50 122"; do sleep 0.1; done; echo second$((1+1))'` + "\n")
+	p.reads(`waiting2\s`)
 	p.resize(50, 122)
 	p.reads(`(?s)changed\r\n.*second2\s`)
 	p.types("sh -c 'echo asleep$((1+1)); exec sleep 100000'\n")
