@@ -302,7 +302,7 @@ func hyperPolicies() string {
 func (tn tenant) exits(t *testing.T, pod string, want map[string]int32) {
 	t.Helper()
 	got := map[string]int32{}
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, 2*time.Minute, func() error {
 		status, err := tn.status(pod)
 		if err != nil {
 			return err
