@@ -243,9 +243,6 @@ func (c *container) closeInput() {
 	if err := c.stdin.Close(); err != nil {
 		c.t.Fatal(err)
 	}
-	if _, err := c.tasks.CloseIO(c.t.Context(), &taskapi.CloseIORequest{ID: c.id, Stdin: true}); err != nil {
-		c.t.Fatal(err)
-	}
 }
 
 // wait returns the exit status of a process.
@@ -297,7 +294,6 @@ func testInput(t *testing.T, m *machine) {
 	go func() {
 		_, _ = c.stdin.Write(data)
 		c.stdin.Close()
-		_, _ = m.tasks.CloseIO(context.Background(), &taskapi.CloseIORequest{ID: c.id, Stdin: true})
 	}()
 	start := time.Now()
 	back := m.all(c.stdout)

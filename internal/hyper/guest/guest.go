@@ -40,7 +40,8 @@ func Run() error {
 
 	ctx := context.Background()
 	events := newEvents()
-	tasks, err := newTasks(ctx, events)
+	pipes := newPipes(guestapi.PipeDir)
+	tasks, err := newTasks(ctx, events, pipes)
 	if err != nil {
 		return err
 	}
@@ -62,7 +63,6 @@ func Run() error {
 		powerOff:   powerOff,
 	}
 	control := serveControl(g.handler())
-	pipes := &pipes{dir: guestapi.PipeDir}
 	handlers := map[channel.Kind]channel.Handler{
 		channel.Task:    tasks.handle,
 		channel.Control: control.handle,

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -20,7 +21,37 @@ import (
 const readerTimeout = 2 * time.Minute
 
 // pipes carries ends of the FIFOs below dir to the host.
-type pipes struct{ dir string }
+type pipes struct {
+	dir string
+
+	mu     sync.Mutex
+	inputs map[string]chan struct{} // by path, those that the host writes; closed when it does no more
+}
+
+func newPipes(dir string) *pipes { return &pipes{dir: dir, inputs: map[string]chan struct{}{}} }
+
+// written returns a channel that is closed when all that the host writes into the FIFO is
+// in it, or nobody reads it; nil if the host does not write this one.
+func (p *pipes) written(path string) <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.inputs[path]
+}
+
+func (p *pipes) begin(path string) (end func()) {
+	done := make(chan struct{})
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.inputs[path] = done
+	return func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.inputs[path] == done {
+			delete(p.inputs, path)
+		}
+		close(done)
+	}
+}
 
 // handle is the channel.Handler of channel.Pipe. When it returns, the FIFO is there and,
 // if the host reads it, open: nothing that is written from now on is lost.
@@ -44,7 +75,11 @@ func (p *pipes) handle(argument string) (func(net.Conn), error) {
 		}
 		return func(stream net.Conn) { readPipe(stream, fifo, path) }, nil
 	case "w":
-		return func(stream net.Conn) { writePipe(stream, path) }, nil
+		end := p.begin(path)
+		return func(stream net.Conn) {
+			defer end()
+			writePipe(stream, path)
+		}, nil
 	}
 	return nil, badRequest("pipe %q: the host's end is r or w", argument)
 }

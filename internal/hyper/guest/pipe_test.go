@@ -4,6 +4,7 @@ package guest
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"io/fs"
@@ -12,8 +13,13 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/fifo"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"h8s.io/hypernetes/internal/hyper/channel"
 )
@@ -74,7 +80,7 @@ func awaitGone(t *testing.T, path string) {
 func TestPipeRead(t *testing.T) {
 	for name, size := range map[string]int{"nothing": 0, "a little": 10, "much": 100 << 20} {
 		t.Run(name, func(t *testing.T) {
-			p := &pipes{dir: t.TempDir()}
+			p := newPipes(t.TempDir())
 			host := connect(t, map[channel.Kind]channel.Handler{channel.Pipe: p.handle})
 			stream := openStream(t, host, channel.Pipe, "c/stdout:r")
 			path := filepath.Join(p.dir, "c/stdout")
@@ -100,7 +106,7 @@ func TestPipeRead(t *testing.T) {
 
 // TestPipeReadGivenUp: the container does not block when the host stops to read.
 func TestPipeReadGivenUp(t *testing.T) {
-	p := &pipes{dir: t.TempDir()}
+	p := newPipes(t.TempDir())
 	host := connect(t, map[channel.Kind]channel.Handler{channel.Pipe: p.handle})
 	stream := openStream(t, host, channel.Pipe, "stdout:r")
 	path := filepath.Join(p.dir, "stdout")
@@ -122,7 +128,7 @@ func TestPipeReadGivenUp(t *testing.T) {
 func TestPipeWrite(t *testing.T) {
 	for name, size := range map[string]int{"nothing": 0, "a little": 10, "much": 100 << 20} {
 		t.Run(name, func(t *testing.T) {
-			p := &pipes{dir: t.TempDir()}
+			p := newPipes(t.TempDir())
 			host := connect(t, map[channel.Kind]channel.Handler{channel.Pipe: p.handle})
 			stream := openStream(t, host, channel.Pipe, "stdin:w")
 			path := filepath.Join(p.dir, "stdin")
@@ -145,7 +151,7 @@ func TestPipeWrite(t *testing.T) {
 
 // TestPipeWriteUnread: the host learns that the reader is gone.
 func TestPipeWriteUnread(t *testing.T) {
-	p := &pipes{dir: t.TempDir()}
+	p := newPipes(t.TempDir())
 	host := connect(t, map[channel.Kind]channel.Handler{channel.Pipe: p.handle})
 	stream := openStream(t, host, channel.Pipe, "stdin:w")
 	path := filepath.Join(p.dir, "stdin")
@@ -163,9 +169,89 @@ func TestPipeWriteUnread(t *testing.T) {
 	awaitGone(t, path)
 }
 
+// fakeTasks is containerd's Task service as far as it opens and closes the input of a process.
+type fakeTasks struct {
+	taskapi.TTRPCTaskService
+	path    string
+	stdin   io.Closer
+	closeIO chan struct{}
+}
+
+func (f *fakeTasks) Exec(ctx context.Context, _ *taskapi.ExecProcessRequest) (_ *emptypb.Empty, err error) {
+	f.stdin, err = fifo.OpenFifo(ctx, f.path, syscall.O_WRONLY|syscall.O_NONBLOCK, 0)
+	return &emptypb.Empty{}, err
+}
+
+func (f *fakeTasks) CloseIO(context.Context, *taskapi.CloseIORequest) (*emptypb.Empty, error) {
+	defer close(f.closeIO)
+	return &emptypb.Empty{}, f.stdin.Close()
+}
+
+// TestInputEnds: a process reads its input to the end, also when the host has sent it, and
+// closed it, before containerd's service opens the FIFO to read.
+func TestInputEnds(t *testing.T) {
+	for name, tt := range map[string]struct {
+		size  int
+		early bool
+	}{
+		"nothing, closed early":                    {0, true},
+		"nothing, closed late":                     {0, false},
+		"a little, closed early":                   {10, true},
+		"a little, closed late":                    {10, false},
+		"more than a FIFO holds, and closed early": {200 << 10, true},
+		"more than a FIFO holds, and closed late":  {200 << 10, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPipes(t.TempDir())
+			path := filepath.Join(p.dir, "stdin")
+			inner := &fakeTasks{path: path, closeIO: make(chan struct{})}
+			service := &tasks{TTRPCTaskService: inner, pipes: p}
+			host := connect(t, map[channel.Kind]channel.Handler{channel.Pipe: p.handle})
+			stream := openStream(t, host, channel.Pipe, "stdin:w")
+			if _, err := service.Exec(t.Context(), &taskapi.ExecProcessRequest{Stdin: path}); err != nil {
+				t.Fatal(err)
+			}
+			got := make(chan []byte, 1)
+			read := func() {
+				// As containerd's service does: it waits for a writer.
+				have, _ := os.ReadFile(path)
+				got <- have
+			}
+			if !tt.early {
+				go read()
+			}
+			data := randomBytes(tt.size)
+			if _, err := stream.Write(data); err != nil { // less than a window
+				t.Fatal(err)
+			}
+			stream.Close()
+			if _, err := service.CloseIO(t.Context(), &taskapi.CloseIORequest{Stdin: true}); err != nil {
+				t.Error(err)
+			}
+			if tt.early {
+				go read()
+			}
+			select {
+			case have := <-got:
+				if !bytes.Equal(have, data) {
+					t.Errorf("%d bytes came, and not the %d that were sent", len(have), len(data))
+				}
+			case <-time.After(30 * time.Second):
+				t.Fatal("the input has no end")
+			}
+			select {
+			case <-inner.closeIO:
+			case <-time.After(30 * time.Second):
+				t.Error("containerd's own writer stays")
+			}
+			awaitGone(t, path)
+		})
+	}
+}
+
 // TestOpenWriterGivesUp: no thread waits forever for a reader.
 func TestOpenWriterGivesUp(t *testing.T) {
-	p := &pipes{dir: t.TempDir()}
+	p := newPipes(t.TempDir())
 	if _, err := p.handle("stdin:w"); err != nil {
 		t.Fatal(err)
 	}
@@ -175,7 +261,7 @@ func TestOpenWriterGivesUp(t *testing.T) {
 }
 
 func TestPipeRefused(t *testing.T) {
-	p := &pipes{dir: t.TempDir()}
+	p := newPipes(t.TempDir())
 	for _, argument := range []string{"", "stdout", "stdout:x", "../stdout:r", "/stdout:r", ":r", ".:r", "a/../../b:w"} {
 		if _, err := p.handle(argument); !errors.As(err, new(badRequestError)) {
 			t.Errorf("%q: %v", argument, err)

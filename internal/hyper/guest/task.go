@@ -27,7 +27,7 @@ import (
 const namespace = "h8s"
 
 // newTasks serves containerd's Task service to all streams that its handle is given.
-func newTasks(ctx context.Context, e *eventLog) (*streams, error) {
+func newTasks(ctx context.Context, e *eventLog, p *pipes) (*streams, error) {
 	ctx, sd := shutdown.WithShutdown(namespaces.WithNamespace(ctx, namespace))
 	inner, err := task.NewTaskService(ctx, publisher{e}, sd)
 	if err != nil {
@@ -40,7 +40,7 @@ func newTasks(ctx context.Context, e *eventLog) (*streams, error) {
 	if err != nil {
 		return nil, fmt.Errorf("task service: %w", err)
 	}
-	taskapi.RegisterTTRPCTaskService(server, &tasks{TTRPCTaskService: inner, events: e})
+	taskapi.RegisterTTRPCTaskService(server, &tasks{TTRPCTaskService: inner, events: e, pipes: p})
 	listener := newStreams()
 	go func() {
 		// It ends with the listener, which nobody closes.
@@ -55,6 +55,7 @@ func newTasks(ctx context.Context, e *eventLog) (*streams, error) {
 type tasks struct {
 	taskapi.TTRPCTaskService
 	events *eventLog
+	pipes  *pipes
 }
 
 // Create makes a container from the bundle that PUT /v1/containers made. The host's
@@ -62,7 +63,41 @@ type tasks struct {
 func (t *tasks) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*taskapi.CreateTaskResponse, error) {
 	r.Bundle = filepath.Join(guestapi.BundleDir, filepath.Base(r.ID))
 	r.Rootfs, r.Options = nil, nil
-	return t.TTRPCTaskService.Create(ctx, r)
+	answer, err := t.TTRPCTaskService.Create(ctx, r)
+	if err == nil {
+		t.closeAfter(r.Stdin, &taskapi.CloseIORequest{ID: r.ID, Stdin: true}) //nolint:contextcheck // for as long as the input lasts
+	}
+	return answer, err
+}
+
+// Exec adds a process, whose input ends with its stream.
+func (t *tasks) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*emptypb.Empty, error) {
+	answer, err := t.TTRPCTaskService.Exec(ctx, r)
+	if err == nil {
+		t.closeAfter(r.Stdin, &taskapi.CloseIORequest{ID: r.ID, ExecID: r.ExecID, Stdin: true}) //nolint:contextcheck // for as long as the input lasts
+	}
+	return answer, err
+}
+
+// closeAfter closes the writer that containerd's service has of a process's input when the
+// host's has written all. Before the FIFO has its reader, that would throw the input away,
+// and its end: containerd closes what it has not opened yet by being a reader for a moment,
+// which the host's writer takes for the process's.
+func (t *tasks) closeAfter(stdin string, r *taskapi.CloseIORequest) {
+	written := t.pipes.written(stdin)
+	if written == nil {
+		return
+	}
+	go func() {
+		<-written
+		// A process that is gone has closed it.
+		_, _ = t.TTRPCTaskService.CloseIO(context.Background(), r)
+	}()
+}
+
+// CloseIO does nothing: an input ends with its stream.
+func (t *tasks) CloseIO(context.Context, *taskapi.CloseIORequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, nil
 }
 
 // Wait answers when the process has ended, and, if it was its container's first one

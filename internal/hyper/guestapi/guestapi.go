@@ -43,9 +43,9 @@ const (
 	// if the host reads what a container writes, or ":w" if the host writes. It is made
 	// when the stream is opened, which has to come before the process that uses it, and is
 	// removed with the stream. The end of a ":r" stream is that of its last writer; when the host
-	// closes it before, the rest is thrown away. When the host closes a ":w" stream,
-	// the reader sees the end after all data, once the Task service's CloseIO was
-	// called too; when the guest closes it, nobody reads any more.
+	// closes it before, the rest is thrown away. When the host closes a ":w" stream, the reader
+	// sees the end after all data, whenever it comes; the Task service's CloseIO does nothing.
+	// When the guest closes it, nobody reads any more.
 	PipeDir = "/run/h8s/pipes"
 	// Runtime is the OCI runtime that the Task service runs. Create's bundle, root file
 	// systems and options are the guest's to choose: what the host says of them is ignored.

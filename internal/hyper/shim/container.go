@@ -415,6 +415,9 @@ func (c *container) await(p *process) {
 	if p.end(answer.ExitStatus, time.Now()) {
 		c.pod.publish("/tasks/exit", p.exitEvent())
 	}
+	if streams := p.getStreams(); streams != nil {
+		streams.dropInput()
+	}
 }
 
 // explain publishes why the container has ended before it is published that it has: the

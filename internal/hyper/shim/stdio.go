@@ -34,6 +34,7 @@ type streams struct {
 
 	mu      sync.Mutex
 	keep    io.Closer // a writer of the FIFO of standard input, until closeInput
+	input   []io.Closer
 	closers []io.Closer
 	closed  bool
 }
@@ -116,10 +117,18 @@ func (s *streams) openInput(ctx context.Context, guest opener, fifo, pipe string
 		return err
 	}
 	s.add(stream)
+	s.input = []io.Closer{stream, node}
 	go func() {
 		_, _ = io.Copy(onlyWriter{stream}, onlyReader{node})
 		_ = stream.Close()
 		_ = node.Close() // a writer that is left learns that nobody reads
+	}()
+	go func() {
+		// The guest says nothing but its end: nobody reads there any more. The copy must not wait
+		// for that with what it has, nor containerd for the copy.
+		_, _ = stream.Read(make([]byte, 1))
+		_ = stream.Close()
+		_ = node.Close()
 	}()
 	return nil
 }
@@ -148,6 +157,17 @@ func (s *streams) closeInput() {
 	if s.keep != nil {
 		_ = s.keep.Close()
 		s.keep = nil
+	}
+}
+
+// dropInput lets who writes the input of a process that has ended know that nobody reads
+// it, once all output is out: until then a child may. The guest does not tell it:
+// containerd's service there keeps a reader until the process is deleted, which containerd
+// does when its own writer has ended.
+func (s *streams) dropInput() {
+	s.outputs.Wait()
+	for _, c := range s.input {
+		_ = c.Close()
 	}
 }
 

@@ -372,8 +372,8 @@ func (s *service) ResizePty(ctx context.Context, r *task.ResizePtyRequest) (*emp
 	})
 }
 
-// CloseIO implements the Task service.
-func (s *service) CloseIO(ctx context.Context, r *task.CloseIORequest) (*emptypb.Empty, error) {
+// CloseIO implements the Task service. The guest learns of it by the end of the stream.
+func (s *service) CloseIO(_ context.Context, r *task.CloseIORequest) (*emptypb.Empty, error) {
 	p, err := s.find(r.ID, r.ExecID)
 	if err != nil {
 		return nil, toGRPC(err)
@@ -381,14 +381,7 @@ func (s *service) CloseIO(ctx context.Context, r *task.CloseIORequest) (*emptypb
 	if streams := p.getStreams(); streams != nil && r.Stdin {
 		streams.closeInput()
 	}
-	if p.ended() {
-		return &emptypb.Empty{}, nil
-	}
-	// Nothing is lost: the guest's FIFO has its end when both its writers have closed it, and
-	// the other is the stream.
-	return ask(ctx, p, func(ctx context.Context, guest task.TTRPCTaskService) (*emptypb.Empty, error) {
-		return guest.CloseIO(ctx, r)
-	})
+	return &emptypb.Empty{}, nil
 }
 
 // Update implements the Task service.
