@@ -22,10 +22,16 @@ import (
 )
 
 // fakeBin is a directory with files in place of the programs that recipes take from bin/.
-func fakeBin(t *testing.T, programs ...string) string {
+func fakeBin(t *testing.T) string {
 	t.Helper()
 	bin := t.TempDir()
-	for _, p := range programs {
+	if err := os.Mkdir(filepath.Join(bin, "hyper"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{
+		"agnhost", "h8s-controller", "h8s-node", "h8s-cni",
+		"containerd-shim-hyper-v1", "hyper/vmlinuz", "hyper/initrd.img",
+	} {
 		if err := os.WriteFile(filepath.Join(bin, p), []byte("program "+p), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -34,7 +40,7 @@ func fakeBin(t *testing.T, programs ...string) string {
 }
 
 func TestBuildIsDeterministic(t *testing.T) {
-	bin := fakeBin(t, "agnhost", "h8s-controller", "h8s-node", "h8s-cni")
+	bin := fakeBin(t)
 	for image := range catalog {
 		t.Run(image, func(t *testing.T) {
 			read := func(out string) (v1.Hash, []byte) {
@@ -77,7 +83,7 @@ func TestBuildIsDeterministic(t *testing.T) {
 }
 
 func TestBuildFollowsItsInputs(t *testing.T) {
-	bin, out := fakeBin(t, "agnhost"), t.TempDir()
+	bin, out := fakeBin(t), t.TempDir()
 	steps := []struct {
 		name    string
 		prepare func() error
@@ -206,7 +212,7 @@ func unpack(t *testing.T, root string, trees ...tree) {
 }
 
 func TestProgramsRunInTheirImages(t *testing.T) {
-	bin := fakeBin(t, "agnhost", "h8s-controller", "h8s-node", "h8s-cni")
+	bin := fakeBin(t)
 	tests := map[string]struct {
 		image   string
 		command []string
