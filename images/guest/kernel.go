@@ -22,6 +22,18 @@ type kernel struct {
 // for, unpacked below dir; it downloads only what is not there. Where apt cannot tell
 // (no package lists), the newest one that is there will do.
 func ensureKernel(ctx context.Context, dir string) (kernel, error) {
+	k, err := obtainKernel(ctx, dir)
+	if err == nil {
+		return k, nil
+	}
+	// There may be no package lists, or old ones that name what Debian does not keep any more.
+	if _, update := run(ctx, "", "apt-get", "update", "-q"); update != nil {
+		return kernel{}, errors.Join(err, update)
+	}
+	return obtainKernel(ctx, dir)
+}
+
+func obtainKernel(ctx context.Context, dir string) (kernel, error) {
 	const meta = "linux-image-cloud-amd64"
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return kernel{}, err
