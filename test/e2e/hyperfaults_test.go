@@ -178,9 +178,13 @@ func testEnded(t *testing.T, tn, system tenant, node string) {
 				})
 				t.Logf("known after %.1fs, true again after %.1fs", known.Seconds(), time.Since(begin).Seconds())
 				if test.spec == never {
-					if out := kubectl(t, admin, "get", "pod", pod, "-n", test.in.ns, "-o", "jsonpath={.status.phase}"); out != "Failed" {
-						t.Errorf("the pod is %s", out)
-					}
+					eventually(t, 60*time.Second, func() error {
+						out, err := try(admin, "get", "pod", pod, "-n", test.in.ns, "-o", "jsonpath={.status.phase}")
+						if err != nil || out != "Failed" {
+							return fmt.Errorf("the pod is %q, %w", out, err)
+						}
+						return nil
+					})
 				} else if now := test.in.identity(t, node, pod); now == old {
 					t.Errorf("the pod is as it was: %s", now)
 				}
