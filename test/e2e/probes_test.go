@@ -102,9 +102,10 @@ var probes = map[string]struct{ pass, fail string }{ //nolint:gochecknoglobals /
 func probedPod(name, node string, healthy bool) string {
 	container := func(kind, command string) string {
 		p := probes[kind]
-		readiness := p.pass
+		readiness := p.pass + ", periodSeconds: 2"
 		if !healthy {
-			readiness = p.fail
+			// Rarely: the kubelet tells of a pod 25 times at once, and then no more for minutes.
+			readiness = p.fail + ", periodSeconds: 20"
 		}
 		return fmt.Sprintf(`
   - name: %s
@@ -112,9 +113,9 @@ func probedPod(name, node string, healthy bool) string {
     imagePullPolicy: Never
     command: %s
     volumeMounts: [{name: tls, mountPath: /tls}]
-    startupProbe: {%s, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 60}
+    startupProbe: {%s, periodSeconds: 5, timeoutSeconds: 10, failureThreshold: 20}
     livenessProbe: {%s, periodSeconds: 4, timeoutSeconds: 15}
-    readinessProbe: {%s, periodSeconds: 2, timeoutSeconds: 10}`, kind, command, p.pass, p.pass, readiness)
+    readinessProbe: {%s, timeoutSeconds: 10}`, kind, command, p.pass, p.pass, readiness)
 	}
 	return fmt.Sprintf(`
 apiVersion: v1
