@@ -150,7 +150,10 @@ func newNodeState(node string) (hostState, error) {
 	for _, root := range podCgroups(node) {
 		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 			if err == nil && d.IsDir() {
-				s["cgroup "+path] = ""
+				// Those of the classes of service are the kubelet's, and stay.
+				if base := filepath.Base(path); base != "besteffort" && base != "burstable" {
+					s["cgroup "+path] = ""
+				}
 			}
 			return ignoreGone(err)
 		})
