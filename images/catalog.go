@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"h8s.io/hypernetes/internal/hyper/install"
 )
 
 //go:embed pause/pause.c
@@ -147,7 +149,7 @@ func h8s(_ context.Context, bin string) (content, error) {
 	}
 	// For nodes that do not have them otherwise (the chart's hyper.install).
 	hyper := tree{}
-	for _, name := range []string{"containerd-shim-hyper-v1", "hyper/vmlinuz", "hyper/initrd.img"} {
+	for _, name := range install.Files() {
 		f, err := program(filepath.Join(bin, name), "run `make hyper`")
 		if err != nil {
 			return content{}, err

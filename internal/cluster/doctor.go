@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"h8s.io/hypernetes/internal/hyper/accel"
+	"h8s.io/hypernetes/internal/hyper/install"
 )
 
 // CheckStatus is the outcome of one check.
@@ -232,7 +233,7 @@ func (c *Config) diagnoseAccelerators() Check {
 		case err != nil:
 			return Check{name, CheckFail, n.Name + ": " + err.Error(), ""}
 		case !ok:
-			return Check{name, CheckWarn, n.Name + " does not know yet what executes them", "wait a moment; else look into " + c.state().node(n.Name, "log", "containerd-shim-hyper-v1.log")}
+			return Check{name, CheckWarn, n.Name + " does not know yet what executes them", "wait a moment; else look into " + c.state().node(n.Name, "log", install.Shim+".log")}
 		}
 		found = append(found, fmt.Sprintf("%s: %s (%s)", n.Name, choice.Accelerator, choice.Reason))
 	}

@@ -14,6 +14,8 @@ import (
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
+
+	"h8s.io/hypernetes/internal/hyper/install"
 )
 
 // initRequest is what the supervisor tells a node init once its network card and
@@ -64,7 +66,7 @@ func RunNodeInit(ctx context.Context, lifeline io.Reader, log *slog.Logger) erro
 	}
 	go func() {
 		// It is not needed to start: whoever needs it first finds it out.
-		if err := r.once(ctx, program{name: "containerd-shim-hyper-v1", args: []string{"probe"}}); err != nil {
+		if err := r.once(ctx, program{name: install.Shim, args: []string{"probe"}}); err != nil {
 			log.Warn("what executes guests is not known before the first pod that is one", "error", err)
 		}
 	}()

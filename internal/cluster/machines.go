@@ -10,11 +10,12 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"h8s.io/hypernetes/internal/hyper/accel"
+	"h8s.io/hypernetes/internal/hyper/install"
 )
 
 const (
-	machineShim    = "containerd-shim-hyper-v1"
-	machineRunDir  = "/run/h8s/hyper"
 	machineCache   = "/var/lib/h8s/hyper"
 	machinePrefix  = "h8s-" // begins the names of QEMU's cgroups
 	machineIDChars = 20     // of a sandbox's ID are in names
@@ -73,7 +74,7 @@ func (n machineNode) leftovers() ([]string, error) {
 func (n machineNode) look() (owners map[string]string, shims map[string]bool, err error) {
 	owners, shims = map[string]string{}, map[string]bool{}
 	// Before the processes: each of these has a process that made it.
-	dirs, err := os.ReadDir(n.root + machineRunDir)
+	dirs, err := os.ReadDir(n.root + accel.DefaultDir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, err
 	}
@@ -81,7 +82,7 @@ func (n machineNode) look() (owners map[string]string, shims map[string]bool, er
 		if !d.IsDir() || len(d.Name()) != machineIDChars {
 			continue // what all machines share
 		}
-		owners["directory "+filepath.Join(machineRunDir, d.Name())] = d.Name()
+		owners["directory "+filepath.Join(accel.DefaultDir, d.Name())] = d.Name()
 	}
 	groups, err := cgroupDirs(n.cgroup + "/kubepods")
 	if err != nil {
@@ -114,7 +115,7 @@ func (n machineNode) process(pid int, owners map[string]string, shims map[string
 	args := strings.Split(strings.TrimSuffix(string(line), "\x00"), "\x00")
 	program := filepath.Base(args[0])
 	switch what := fmt.Sprintf("process %d (%s)", pid, program); {
-	case program == machineShim:
+	case program == install.Shim:
 		i := slices.Index(args, "-id") + 1
 		if i == 0 || i >= len(args) || slices.Contains(args, "start") || slices.Contains(args, "delete") {
 			return // starts a shim, or cleans up after one

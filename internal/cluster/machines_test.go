@@ -11,6 +11,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"h8s.io/hypernetes/internal/hyper/accel"
+	"h8s.io/hypernetes/internal/hyper/install"
 )
 
 // A node with one virtual machine that lives, and all that one leaves whose shim does not.
@@ -38,7 +41,7 @@ func TestMachineLeftovers(t *testing.T) {
 	templates := filepath.Join(node.root, machineCache, "templates", "tenant.acme")
 	for _, dir := range []string{
 		layers, filepath.Join(templates, "whole"), filepath.Join(templates, ".half"), filepath.Join(templates, ".saving"),
-		filepath.Join(node.root, machineRunDir, alive), filepath.Join(node.root, machineRunDir, dead),
+		filepath.Join(node.root, accel.DefaultDir, alive), filepath.Join(node.root, accel.DefaultDir, dead),
 	} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
@@ -49,7 +52,7 @@ func TestMachineLeftovers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(node.root, machineRunDir, "users"), nil, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(node.root, accel.DefaultDir, "users"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range []string{filepath.Join(layers, "2.lock"), filepath.Join(templates, ".saving.lock")} {
@@ -94,7 +97,7 @@ func TestMachineLeftovers(t *testing.T) {
 		t.Fatal(err)
 	}
 	orphan := start(qemu, qemu, "1000")
-	start("/bin/sh", machineShim, "-c", "read go; "+qemu+" 1000; true", "-id", alive+"012345")
+	start("/bin/sh", install.Shim, "-c", "read go; "+qemu+" 1000; true", "-id", alive+"012345")
 	if err := poll(testContext(t), 20*time.Millisecond, func() error {
 		if pids, err := cgroupProcesses(node.cgroup); err != nil || len(pids) != 3 {
 			return fmt.Errorf("%d processes, want 3: %w", len(pids), err)
@@ -104,7 +107,7 @@ func TestMachineLeftovers(t *testing.T) {
 		t.Fatal(err)
 	}
 	expect(
-		"cgroup podx/"+machinePrefix+dead, "directory "+machineRunDir+"/"+dead, "half-written "+machineCache+"/layers/3.partial",
+		"cgroup podx/"+machinePrefix+dead, "directory "+accel.DefaultDir+"/"+dead, "half-written "+machineCache+"/layers/3.partial",
 		"half-written "+machineCache+"/templates/tenant.acme/.half", fmt.Sprintf("process %d (qemu-system-x86_64)", orphan),
 	)
 }

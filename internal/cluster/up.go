@@ -20,6 +20,8 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"h8s.io/hypernetes/internal/hyper/install"
 )
 
 // UpOptions say what `h8s up` makes.
@@ -236,12 +238,11 @@ func createConfig(ctx context.Context, o UpOptions) (*Config, error) {
 // checkPrograms says which of the programs that a cluster needs are missing.
 func checkPrograms(binDir string) error {
 	var missing []string
-	for _, p := range []string{
+	for _, p := range append([]string{
 		"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy",
 		"containerd", "containerd-shim-runc-v2", "ctr", "runc",
-		"containerd-shim-hyper-v1", "hyper/vmlinuz", "hyper/initrd.img",
 		"cni/ptp", "cni/host-local", "cni/loopback", "cni/portmap",
-	} {
+	}, install.Files()...) {
 		if _, err := os.Stat(filepath.Join(binDir, p)); err != nil {
 			missing = append(missing, p)
 		}

@@ -11,9 +11,8 @@ import (
 // something, without a bound while the guest reads nothing.
 type guard struct {
 	io.ReadWriteCloser
-	header  [headerSize]byte
-	have    int    // of the header's bytes
-	payload uint32 // bytes of the frame's that are to come
+	frames Frames
+	header [headerSize]byte
 }
 
 // Of yamux's frames: https://github.com/hashicorp/yamux/blob/master/spec.md
@@ -35,31 +34,18 @@ func (g *guard) Read(b []byte) (int, error) {
 }
 
 func (g *guard) look(b []byte) error {
-	for len(b) > 0 {
-		if g.payload > 0 {
-			skip := min(uint32(len(b)), g.payload)
-			g.payload -= skip
-			b = b[skip:]
-			continue
-		}
-		n := copy(g.header[g.have:], b)
-		g.have += n
-		b = b[n:]
-		if g.have < headerSize {
-			return nil
-		}
-		g.have = 0
+	return g.frames.Scan(b, g.header[:], func() (payload uint32, err error) {
 		kind, flags, length := g.header[1], binary.BigEndian.Uint16(g.header[2:]), binary.BigEndian.Uint32(g.header[8:])
 		switch {
 		case g.header[0] != 0 || kind > typeGoAway:
-			return fmt.Errorf("the guest sends what is no frame: %x", g.header)
+			return 0, fmt.Errorf("the guest sends what is no frame: %x", g.header)
 		case flags&flagSYN != 0:
-			return fmt.Errorf("the guest asks for what only the host may: %x", g.header)
+			return 0, fmt.Errorf("the guest asks for what only the host may: %x", g.header)
 		case kind == typeData && length > windowSize:
-			return fmt.Errorf("the guest sends %d bytes where %d are allowed", length, windowSize)
+			return 0, fmt.Errorf("the guest sends %d bytes where %d are allowed", length, windowSize)
 		case kind == typeData:
-			g.payload = length
+			return length, nil
 		}
-	}
-	return nil
+		return 0, nil
+	})
 }

@@ -15,7 +15,8 @@ import (
 )
 
 const (
-	shim = "containerd-shim-hyper-v1"
+	// Shim is the name of the shim's program.
+	Shim = "containerd-shim-hyper-v1"
 	// dropIn is the name of the file that makes containerd know the runtime.
 	dropIn = "h8s-hyper.toml"
 )
@@ -29,7 +30,16 @@ var files = []struct { //nolint:gochecknoglobals // a constant
 }{
 	{"hyper/vmlinuz", 0o644},
 	{"hyper/initrd.img", 0o644},
-	{shim, 0o755},
+	{Shim, 0o755},
+}
+
+// Files are the names of what the runtime consists of, below its directory.
+func Files() []string {
+	var names []string
+	for _, f := range files {
+		names = append(names, f.name)
+	}
+	return names
 }
 
 // Containerd is the part of containerd's configuration that makes it run the handler
@@ -38,7 +48,7 @@ func Containerd(dir string) []byte {
 	runtime := "io.containerd.hyper.v1"
 	if dir != "" {
 		// Not runtime_path, which containerd heeds for sandboxes with a pause container only.
-		runtime = filepath.Join(dir, shim)
+		runtime = filepath.Join(dir, Shim)
 	}
 	return []byte(`version = 3
 

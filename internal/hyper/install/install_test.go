@@ -37,11 +37,11 @@ func TestEnsure(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(confDir, dropIn)); err == nil {
 		t.Fatal("containerd was told of a runtime that is not there")
 	}
-	write(shim, "shim")
+	write(Shim, "shim")
 	if restart, err := Ensure(source, dir, confDir); err != nil || !restart {
 		t.Fatalf("first: restart %t, %v", restart, err)
 	}
-	if mode := inode(shim).Mode().Perm(); mode != 0o755 {
+	if mode := inode(Shim).Mode().Perm(); mode != 0o755 {
 		t.Errorf("the shim's mode is %o", mode)
 	}
 	text, err := os.ReadFile(filepath.Join(confDir, dropIn))

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/containerd/ttrpc"
+
+	"h8s.io/hypernetes/internal/hyper/channel"
 )
 
 func newTaskClient(conn net.Conn) *ttrpc.Client {
@@ -66,35 +68,22 @@ func (a *answers) Read(b []byte) (int, error) {
 // messages counts ttrpc's messages as they pass by:
 // https://github.com/containerd/ttrpc/blob/main/PROTOCOL.md
 type messages struct {
-	header  [10]byte
-	have    int    // of the header's bytes
-	payload uint32 // bytes of the message's that are to come
+	frames channel.Frames
+	header [10]byte
 }
 
 const largestMessage = 4 << 20
 
 // count returns how many messages begin with what completes a header in b.
 func (m *messages) count(b []byte) (n int, err error) {
-	for len(b) > 0 {
-		if m.payload > 0 {
-			skip := min(uint32(len(b)), m.payload)
-			m.payload -= skip
-			b = b[skip:]
-			continue
-		}
-		copied := copy(m.header[m.have:], b)
-		m.have += copied
-		b = b[copied:]
-		if m.have < len(m.header) {
-			break
-		}
-		m.have = 0
+	err = m.frames.Scan(b, m.header[:], func() (payload uint32, err error) {
 		n++
-		if m.payload = binary.BigEndian.Uint32(m.header[:4]); m.payload > largestMessage {
-			return n, fmt.Errorf("a message of %d bytes: %d are allowed", m.payload, largestMessage)
+		if payload = binary.BigEndian.Uint32(m.header[:4]); payload > largestMessage {
+			err = fmt.Errorf("a message of %d bytes: %d are allowed", payload, largestMessage)
 		}
-	}
-	return n, nil
+		return payload, err
+	})
+	return n, err
 }
 
 // shortRefusals cuts what the guest says when it refuses: it goes into events and logs.

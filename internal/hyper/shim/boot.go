@@ -43,41 +43,39 @@ func (p *pod) boot(ctx context.Context, nic *tap.Tap) (*vm.VM, *guest, error) {
 		Cgroup:  p.confine,
 		Console: &p.console,
 	}
-	machine, clone, err := p.machine(ctx, c)
+	machine, discard, err := p.machine(ctx, c)
 	if err != nil {
 		return nil, nil, err
 	}
 	guest, err := p.welcome(ctx, machine, nic.Link)
 	if err != nil {
-		if owner, noOwner := p.settings.owner(p.config); clone && noOwner == nil {
-			// The others may answer no more than this one.
-			err = errors.Join(err, p.settings.templates().Discard(owner, c))
-		}
-		return nil, nil, err
+		// Other clones may answer no more than this one.
+		return nil, nil, errors.Join(err, discard())
 	}
 	return machine, guest, nil
 }
 
 // machine starts the machine: it is a clone, or boots where none can be had. One that is
 // only slow is waited for: on a node without a processor to spare, to boot instead would
-// take twenty times as much of it.
-func (p *pod) machine(ctx context.Context, c vm.Config) (machine *vm.VM, clone bool, err error) {
+// take twenty times as much of it. discard removes the template, if it is a clone.
+func (p *pod) machine(ctx context.Context, c vm.Config) (machine *vm.VM, discard func() error, err error) {
 	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
 	defer cancel()
 	if p.settings.clones() {
+		templates := p.settings.templates()
 		owner, err := p.settings.owner(p.config)
 		if err == nil {
-			if machine, err = p.settings.templates().Clone(ctx, owner, c); err == nil {
-				return machine, true, nil
+			if machine, err = templates.Clone(ctx, owner, c); err == nil {
+				return machine, func() error { return templates.Discard(owner, c) }, nil
 			}
 		}
 		if ctx.Err() != nil {
-			return nil, false, err
+			return nil, nil, err
 		}
 		log.G(ctx).WithError(err).Warn("no clone of a template: boot the virtual machine")
 	}
 	machine, err = vm.Start(ctx, c)
-	return machine, false, err
+	return machine, func() error { return nil }, err
 }
 
 // welcome waits for the machine's guest, and makes it this pod's. If that fails, nothing
