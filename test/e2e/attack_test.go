@@ -201,7 +201,7 @@ func captureIn(t testing.TB, where, netns, name, mark, end string) *capture {
 		cancel()
 		<-c.done
 	})
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		if !strings.Contains(c.out.String(), "ready\n") {
 			return fmt.Errorf("capture in %s is not ready: %s", where, c.out.String())
 		}

@@ -79,8 +79,8 @@ func TestBadInput(t *testing.T) {
 		table["Tenant/CIDR/"+name] = test{tenantSpec(fmt.Sprintf("network: {cidrs: [%q]}", c.cidr)), c.want}
 	}
 	apply(t, admin, strings.Replace(tenantSpec(good), "name: bad", "name: bad-owner", 1))
-	t.Cleanup(func() { _, _ = try(admin, "delete", "tenant", "bad-owner", "--timeout=60s") })
-	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/bad-owner", "--timeout=60s")
+	t.Cleanup(func() { _, _ = try(admin, "delete", "tenant", "bad-owner", "--timeout=4m") })
+	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/bad-owner", "--timeout=4m")
 	for name, test := range table {
 		t.Run(name, func(t *testing.T) { refused(t, admin, test.manifest, test.want, "create", "-f", "-") })
 	}
@@ -98,8 +98,8 @@ func TestBadInput(t *testing.T) {
 	})
 	t.Run("ForeignNetwork", func(t *testing.T) {
 		apply(t, admin, strings.Replace(tenantSpec("network: {name: bad-owner}"), "name: bad}", "name: bad-thief}", 1))
-		defer func() { _, _ = try(admin, "delete", "tenant", "bad-thief", "--timeout=60s") }()
-		eventually(t, 20*time.Second, func() error {
+		defer func() { _, _ = try(admin, "delete", "tenant", "bad-thief", "--timeout=4m") }()
+		eventually(t, func() error {
 			out, err := try(admin, "get", "tenant", "bad-thief", "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status} {.status.conditions[?(@.type=="Ready")].message}`)
 			if !strings.HasPrefix(out, "False ") || !strings.Contains(out, "belongs to the Tenant bad-owner") {
 				return fmt.Errorf("condition Ready: %s, %w", out, err)
@@ -155,15 +155,15 @@ func testTwoTenants(t *testing.T) {
 	const both = "bad-both"
 	for _, name := range []string{"two-a", "two-b"} {
 		apply(t, admin, fmt.Sprintf(`{apiVersion: h8s.io/v1alpha1, kind: Tenant, metadata: {name: %s}, spec: {members: [{kind: User, name: %s, role: owner}], network: {cidrs: ["10.0.0.0/16"]}}}`, name, both))
-		t.Cleanup(func() { _, _ = try(admin, "delete", "tenant", name, "--ignore-not-found", "--timeout=60s") })
+		t.Cleanup(func() { _, _ = try(admin, "delete", "tenant", name, "--ignore-not-found", "--timeout=4m") })
 	}
 	apply(t, admin, fmt.Sprintf("{apiVersion: h8s.io/v1alpha1, kind: User, metadata: {name: %s}}", both))
 	t.Cleanup(func() { _, _ = try(admin, "delete", "user", both, "--ignore-not-found") })
-	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/two-a", "tenant/two-b", "--timeout=60s")
+	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/two-a", "tenant/two-b", "--timeout=4m")
 	if err := writeKubeconfig(both); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(both, "auth", "can-i", "create", "namespaces")
 		if err != nil {
 			return fmt.Errorf("%s: %w", out, err)
@@ -186,7 +186,7 @@ func testLongNames(t *testing.T) {
 	tn := newTenant(t, name, "10.0.0.0/16")
 	tn.ns = "long-" + strings.Repeat("n", 58) // 63
 	kubectl(t, tn.owner, "create", "namespace", tn.ns)
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		_, err := try(tn.owner, "get", "serviceaccount", "default", "-n", tn.ns)
 		return err
 	})
@@ -198,12 +198,12 @@ func testLongNames(t *testing.T) {
 	tn.run(t, pod(web, "", ""), manifest,
 		fmt.Sprintf("{apiVersion: v1, kind: Service, metadata: {name: %s}, spec: {selector: {app: %s}, ports: [{port: 80, targetPort: 8080}]}}", svc, web))
 	tn.waitReady(t, web, far)
-	eventually(t, 20*time.Second, func() error { return tn.connect(far, svc+":80", "tcp") })
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error { return tn.connect(far, svc+":80", "tcp") })
+	eventually(t, func() error {
 		return tn.connect(far, svc+"."+tn.ns+".svc.cluster.local:80", "tcp")
 	})
 	testLongNode(t, name, strings.TrimSpace(kubectl(t, tn.owner, "get", "pod", web, "-n", tn.ns, "-o", "jsonpath={.spec.nodeName}")))
-	kubectl(t, tn.owner, "delete", "namespace", tn.ns, "--timeout=60s")
+	kubectl(t, tn.owner, "delete", "namespace", tn.ns, "--timeout=4m")
 }
 
 // longest is a name of 253 characters, as objects may have at most.
@@ -223,7 +223,7 @@ func testLongNode(t *testing.T, network, onto string) {
 	kubectl(t, admin, "patch", "node", long, "--subresource=status", "-p", `{"status":{"addresses":[{"type":"InternalIP","address":"`+address+`"}]}}`)
 	apply(t, admin, fmt.Sprintf("{apiVersion: h8s.io/v1alpha1, kind: Block, metadata: {name: %s}, spec: {network: %s, cidr: %s, node: %s}}", name, network, block, long))
 	id := kubectl(t, admin, "get", "network", network, "-o", "jsonpath={.status.id}")
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := tryNode(onto, "ip -n h8s-"+id+" route show "+block)
 		if err != nil || !strings.Contains(out, "via "+address) {
 			return fmt.Errorf("the portal on %s does not route to the Block: %q, %w", onto, out, err)
@@ -231,7 +231,7 @@ func testLongNode(t *testing.T, network, onto string) {
 		return nil
 	})
 	kubectl(t, admin, "delete", "node", long)
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		if out, err := try(admin, "get", "block", name, "--ignore-not-found", "-o", "name"); out != "" || err != nil {
 			return fmt.Errorf("the Block of a node that is gone is still there: %s, %w", out, err)
 		}
@@ -253,14 +253,14 @@ func testLongMembers(t *testing.T) {
 	apply(t, admin, "{apiVersion: h8s.io/v1alpha1, kind: User, metadata: {name: "+user+"}}")
 	t.Cleanup(func() { _, _ = try(admin, "delete", "user", user, "--ignore-not-found") })
 	apply(t, admin, spec(user, group))
-	t.Cleanup(func() { _, _ = try(admin, "delete", "tenant", tenant, "--ignore-not-found", "--timeout=60s") })
-	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/"+tenant, "--timeout=60s")
+	t.Cleanup(func() { _, _ = try(admin, "delete", "tenant", tenant, "--ignore-not-found", "--timeout=4m") })
+	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/"+tenant, "--timeout=4m")
 	config, err := h8sOutput(time.Minute, "kubeconfig", "--name", cluster.cluster, "--user", user)
 	if err != nil {
 		t.Fatalf("h8s kubeconfig: %v: %s", err, config)
 	}
 	as := "--kubeconfig=" + manifest(t, config) // the name of a file has its limit, too
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		_, err := try(admin, as, "create", "namespace", ns)
 		return err
 	})
@@ -268,7 +268,7 @@ func testLongMembers(t *testing.T) {
 		t.Errorf("tenant and creator of the namespace are %q", got)
 	}
 	for name, args := range map[string][]string{"user": {as}, "group": {"--as=somebody", "--as-group=" + group}} {
-		eventually(t, 20*time.Second, func() error {
+		eventually(t, func() error {
 			if out, err := try(admin, append(args, "auth", "can-i", "create", "pods", "-n", ns)...); err != nil {
 				return fmt.Errorf("the %s may not create pods: %s, %w", name, out, err)
 			}
@@ -299,8 +299,8 @@ func testNamespaceQuota(t *testing.T) {
 		t.Errorf("the quota is 3 namespaces and there are %d", n)
 	}
 	refused(t, tn.owner, "", "3", "create", "namespace", "counted-more")
-	kubectl(t, tn.owner, "delete", "namespace", tn.ns, "--timeout=60s")
-	eventually(t, 10*time.Second, func() error {
+	kubectl(t, tn.owner, "delete", "namespace", tn.ns, "--timeout=4m")
+	eventually(t, func() error {
 		_, err := try(tn.owner, "create", "namespace", "counted-more")
 		return err
 	})
@@ -321,7 +321,7 @@ func TestCrowd(t *testing.T) {
 	apply(t, admin, networkManifest(large, tn.name, "10.64.0.0/16"))
 	apply(t, admin, fmt.Sprintf("{apiVersion: v1, kind: Namespace, metadata: {name: %s, labels: {h8s.io/tenant: %s, h8s.io/network: %s}}}", large, tn.name, large))
 	for _, ns := range []string{tn.ns, large} {
-		eventually(t, 20*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := try(admin, "get", "namespace", ns, "-o", `jsonpath={.metadata.labels.h8s\.io/sandbox}`)
 			if out != "e2e-runc" {
 				return fmt.Errorf("sandbox of namespace %s is %q: %w", ns, out, err)
@@ -344,9 +344,9 @@ func TestCrowd(t *testing.T) {
 		}
 		return total, err
 	}
-	wantReady := func(ns string, want int, within time.Duration) {
+	wantReady := func(ns string, want int) {
 		t.Helper()
-		eventually(t, within, func() error {
+		eventually(t, func() error {
 			n, err := ready(ns)
 			if n != want {
 				return fmt.Errorf("%d pods of %d are ready in %s, %w", n, want, ns, err)
@@ -355,9 +355,9 @@ func TestCrowd(t *testing.T) {
 		})
 	}
 	apply(t, tn.owner, deployment(tn.ns, runc, addresses+2))
-	wantReady(tn.ns, addresses, 180*time.Second)
+	wantReady(tn.ns, addresses)
 	t.Run("Exhausted", func(t *testing.T) {
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector=reason=FailedCreatePodSandBox", "-o", "jsonpath={.items[*].message}")
 			for _, want := range []string{"Network " + tn.name, "exhausted"} {
 				if !strings.Contains(out, want) {
@@ -385,14 +385,14 @@ func TestCrowd(t *testing.T) {
 		}
 		kubectl(t, tn.owner, "delete", "-n", tn.ns, running[0], running[1], "--wait=false")
 		apply(t, tn.owner, deployment(tn.ns, runc, addresses))
-		wantReady(tn.ns, addresses, 120*time.Second)
+		wantReady(tn.ns, addresses)
 	})
 	t.Run("FullNode", func(t *testing.T) {
 		others := len(strings.Fields(kubectl(t, admin, "get", "pods", "-A", "--field-selector=spec.nodeName="+node, "-o", "name"))) - addresses
 		sandboxed := len(processes(node, "runsc-sandbox"))
 		apply(t, tn.owner, deployment(large, "gvisor", sandboxes))
 		apply(t, tn.owner, deployment(large, runc, full-others-addresses-sandboxes))
-		wantReady(large, full-others-addresses, 240*time.Second)
+		wantReady(large, full-others-addresses)
 		if n := len(processes(node, "runsc-sandbox")) - sandboxed; n != sandboxes {
 			t.Errorf("%d more sandboxes run on %s, want %d", n, node, sandboxes)
 		}
@@ -406,7 +406,7 @@ func TestCrowd(t *testing.T) {
 		for _, ns := range []string{tn.ns, large} {
 			kubectl(t, tn.owner, "delete", "deployments", "--all", "-n", ns, "--wait=false")
 		}
-		eventually(t, 180*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := try(admin, "get", "pods", "-A", "-l", "app=crowd", "-o", "name")
 			if out != "" || err != nil {
 				return fmt.Errorf("%d pods are left, %w", len(strings.Fields(out)), err)
@@ -415,8 +415,8 @@ func TestCrowd(t *testing.T) {
 		})
 		recordsMatch(t, tn)
 		id := kubectl(t, admin, "get", "network", large, "-o", "jsonpath={.status.id}")
-		kubectl(t, admin, "delete", "namespace", large, "--timeout=60s")
-		kubectl(t, admin, "delete", "network", large, "--timeout=60s")
+		kubectl(t, admin, "delete", "namespace", large, "--timeout=4m")
+		kubectl(t, admin, "delete", "network", large, "--timeout=4m")
 		noTraces(t, id)
 	})
 }

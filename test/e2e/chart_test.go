@@ -68,7 +68,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 	service := kubectl(t, admin, "get", "service", "web", "-n", shop.ns, "-o", "jsonpath={.spec.clusterIP}") + ":80"
 	reaches := func(t *testing.T, from tenant, target string) {
 		t.Helper()
-		eventually(t, 30*time.Second, func() error { return from.connect("client", target, "tcp") })
+		eventually(t, func() error { return from.connect("client", target, "tcp") })
 	}
 	reaches(t, visitor, service)
 
@@ -83,7 +83,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 		t.Errorf("node agents are told an address of the API server: %s", args)
 	}
 	// That the controllers are ready is not known to kube-proxy at once.
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		_, err := tryInput(admin, "{apiVersion: h8s.io/v1alpha1, kind: Tenant, metadata: {name: probe}, spec: {network: {cidrs: [10.0.0.0/16]}}}", "create", "--dry-run=server", "-f", "-")
 		return err
 	})
@@ -100,7 +100,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 	t.Run("Adopt", func(t *testing.T) {
 		shell(t, strings.ReplaceAll(documented(t, "docs/operations.md", "kubectl rollout restart"), "h8s.io/tenant=acme", "h8s.io/tenant="+tn.name))
 		rolledOut(t, "shop", "deployment/web")
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := try(tn.owner, "get", "pods", "-n", shop.ns, "-o", `jsonpath={range .items[*]}{.spec.runtimeClassName} {.status.podIP}{"\n"}{end}`)
 			if err != nil {
 				return err
@@ -136,7 +136,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 			t.Error("an upgrade replaced the certificate of the webhooks")
 		}
 		reaches(t, tn, service)
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, func() error {
 			_, err := try(tn.owner, "create", "namespace", "chart-later", "--dry-run=server")
 			return err
 		})
@@ -155,7 +155,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 			}
 		}
 		kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", `{"spec":{"sandbox":{"allowed":["gvisor","hyper"]}}}`)
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			_, err := try(tn.owner, "run", "machine", "-n", tn.ns, "--image=localhost/agnhost:latest", "--image-pull-policy=Never", `--overrides={"spec":{"runtimeClassName":"hyper"}}`, "--", "pause")
 			return err
 		})
@@ -167,7 +167,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 		if out, err := tryNode(node, "/opt/h8s/containerd-shim-hyper-v1 probe"); err != nil || !strings.HasPrefix(out, "tcg: ") && !strings.HasPrefix(out, "kvm: ") {
 			t.Errorf("probe: %s, %v", out, err)
 		}
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			if got := kubectl(t, admin, "get", "node", node, "-o", `jsonpath={.metadata.labels.h8s\.io/hyper}`); got != "kvm" && got != "tcg" {
 				return fmt.Errorf("the label of node %s is %q", node, got)
 			}
@@ -177,7 +177,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 
 	t.Run("Uninstall", func(t *testing.T) {
 		kubectl(t, admin, "label", "namespace", shop.ns, "h8s.io/tenant-")
-		eventually(t, 20*time.Second, func() error {
+		eventually(t, func() error {
 			namespace, err := try(admin, "get", "namespace", shop.ns, "-o", "yaml")
 			if err != nil {
 				return err
@@ -196,7 +196,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 			debug := strings.NewReplacer("NODE", n, "IMAGE", "localhost/h8s:latest", " -it", "").Replace(documented(t, "docs/operations.md", "h8s-node uninstall"))
 			shell(t, debug)
 			// Any path, link or table of ours would be printed.
-			eventually(t, 30*time.Second, func() error {
+			eventually(t, func() error {
 				left, err := tryNode(n, `ls -d /etc/containerd/conf.d/*h8s* /opt/h8s/*hyper* /etc/cni/net.d/*h8s* /opt/cni/bin/*h8s* /run/netns/h8s-* 2>/dev/null; ip -br link | grep h8su; nft list tables | grep -x "table inet h8s"; ip route | grep 169.254.77; true`)
 				if err != nil || left != "" {
 					return fmt.Errorf("node %s is not clean: %s, %w", n, left, err)
@@ -227,7 +227,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 			after := fmt.Sprintf("after-%d", i)
 			visitor.run(t, pod(after, n, ""))
 			visitor.waitReady(t, after)
-			eventually(t, 20*time.Second, func() error { return visitor.connect(after, service, "tcp") })
+			eventually(t, func() error { return visitor.connect(after, service, "tcp") })
 		}
 	})
 }
@@ -299,6 +299,6 @@ func shell(t testing.TB, commands string) {
 func rolledOut(t testing.TB, namespace string, workloads ...string) {
 	t.Helper()
 	for _, w := range workloads {
-		kubectl(t, admin, "rollout", "status", w, "-n", namespace, "--timeout=110s")
+		kubectl(t, admin, "rollout", "status", w, "-n", namespace, "--timeout=4m")
 	}
 }

@@ -126,11 +126,11 @@ func TestKill(t *testing.T) {
 	control, other := nodes(t)[0], nodes(t)[1]
 	system := tenant{name: "default", owner: admin, ns: "kill-default"} // of no tenant: the default network, and runc
 	kubectl(t, admin, "create", "namespace", system.ns)
-	t.Cleanup(func() { _, _ = try(admin, "delete", "namespace", system.ns, "--timeout=60s") })
+	t.Cleanup(func() { _, _ = try(admin, "delete", "namespace", system.ns, "--timeout=4m") })
 	const service = "apiVersion: v1\nkind: Service\nmetadata: {name: %[1]s}\nspec: {selector: {app: %[1]s}, ports: [{port: 80, targetPort: 8080}]}\n"
 	tn.run(t, pod("before", other, ""), pod("client", control, ""), pod("shim", other, ""), pod("sandbox", other, ""), pod("gofer", other, ""),
 		fmt.Sprintf(service, "before"), fmt.Sprintf(service, "after"))
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		_, err := try(admin, "get", "serviceaccount", "default", "-n", system.ns)
 		return err
 	})
@@ -149,17 +149,17 @@ func TestKill(t *testing.T) {
 	// start it on node; from there kube-proxy leads to it in the default network, and a portal in the tenant's.
 	converged := func(t *testing.T, node string) {
 		t.Helper()
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := try(admin, "get", "nodes", "-o", `jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}`)
 			if err != nil || strings.Count(out, "True") != len(strings.Fields(out)) || out == "" {
 				return fmt.Errorf("nodes are Ready: %s, %w", out, err)
 			}
 			return tn.connect("client", ip+":8080", "tcp")
 		})
-		eventually(t, 30*time.Second, func() error { return tn.connect("client", "before:80", "tcp") })
+		eventually(t, func() error { return tn.connect("client", "before:80", "tcp") })
 		round++
 		for _, in := range []tenant{tn, system} {
-			eventually(t, 60*time.Second, func() error {
+			eventually(t, func() error {
 				_, err := tryInput(in.owner, after(node, round), "apply", "-n", in.ns, "-f", "-")
 				return err
 			})
@@ -170,7 +170,7 @@ func TestKill(t *testing.T) {
 				return tryNode(node, "timeout 3 busybox wget -q -O - http://"+systems+"/hostname")
 			},
 		} {
-			eventually(t, 90*time.Second, func() error {
+			eventually(t, func() error {
 				want, err := try(in.owner, "get", "pods", "-n", in.ns, "-l", fmt.Sprintf("app=after,round=%d", round), "-o", "jsonpath={.items[*].metadata.name}")
 				if err != nil || want == "" {
 					return fmt.Errorf("there is no new pod in %s: %w", in.ns, err)
@@ -219,7 +219,7 @@ func TestKill(t *testing.T) {
 		converged(t, other)
 		// It works, and does not only run.
 		kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", `{"spec":{"quota":{"hard":{"configmaps":"77"}}}}`)
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := try(tn.owner, "get", "quota", "-n", tn.ns, "-o", "jsonpath={.items[*].spec.hard.configmaps}")
 			if out != "77" {
 				return fmt.Errorf("the quota has not arrived: %q, %w", out, err)
@@ -265,7 +265,7 @@ func TestKill(t *testing.T) {
 		}
 		for name, in := range map[string]tenant{"shim": tn, "sandbox": tn, "gofer": tn, "shim of runc": system} {
 			pod, _, _ := strings.Cut(name, " ")
-			eventually(t, 90*time.Second, func() error {
+			eventually(t, func() error {
 				out, err := restartsAndReady(in, pod)
 				if err != nil || out != "1 True" {
 					return fmt.Errorf("%s was killed: restarts and readiness of its pod: %q, %w", name, out, err)
@@ -273,7 +273,7 @@ func TestKill(t *testing.T) {
 				return nil
 			})
 			if in == tn {
-				eventually(t, 30*time.Second, func() error { return tn.connect("client", tn.ip(t, pod)+":8080", "tcp") })
+				eventually(t, func() error { return tn.connect("client", tn.ip(t, pod)+":8080", "tcp") })
 			}
 		}
 		if out, err := restartsAndReady(tn, "before"); err != nil || out != "0 True" {
@@ -288,14 +288,14 @@ func TestKill(t *testing.T) {
 			t.Fatal(err)
 		}
 		old.kill(t)
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			now, err := nodeInit(other)
 			if err == nil && now.pid == old.pid {
 				err = fmt.Errorf("node init %d still lives", old.pid)
 			}
 			return err
 		})
-		eventually(t, 120*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := restartsAndReady(tn, "before")
 			if err != nil || strings.HasPrefix(out, "0 ") || !strings.HasSuffix(out, "True") {
 				return fmt.Errorf("restarts and readiness of the pod: %s, %w", out, err)
@@ -308,7 +308,7 @@ func TestKill(t *testing.T) {
 	t.Run("Standby", func(t *testing.T) {
 		working, standby := supervisors(t, other)
 		standby.kill(t)
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, func() error {
 			for _, p := range processesBelow("/h8s-"+cluster.cluster+"/supervisor", "h8s") {
 				if p.pid != working.pid && p.pid != standby.pid {
 					return nil
@@ -334,7 +334,7 @@ func TestKill(t *testing.T) {
 		}
 		supervisor, _ := supervisors(t, other)
 		supervisor.kill(t)
-		eventually(t, 150*time.Second, func() error {
+		eventually(t, func() error {
 			booted, err := nodeInit(other)
 			if err != nil {
 				return err
@@ -382,7 +382,7 @@ func supervisors(t testing.TB, node string) (working, standby process) {
 	if working, err = running.parent(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		for _, p := range processesBelow("/h8s-"+cluster.cluster+"/supervisor", "h8s") {
 			if p.pid != working.pid {
 				standby = p
@@ -407,7 +407,7 @@ func only(t testing.TB, node, program string) process {
 // restarted waits for a new process in the place of an old one.
 func restarted(t testing.TB, node, program string, old process) {
 	t.Helper()
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		for _, p := range processes(node, program) {
 			if p.pid != old.pid {
 				return nil

@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"h8s.io/hypernetes/test/e2e/probe"
 )
@@ -40,7 +39,7 @@ func differs(q probe.Query, a probe.Answer, rcode string, data ...string) error 
 // eventuallyAnswer waits until the name server says exactly this.
 func (s shop) eventuallyAnswer(t testing.TB, q probe.Query, rcode string, data ...string) {
 	t.Helper()
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		return differs(q, s.ask(t, "client", q)[0], rcode, data...)
 	})
 }

@@ -58,7 +58,7 @@ func testConnections(t *testing.T, tn tenant) {
 	tn.run(t, busybox("echo", b, container("echo", "exec nc -ll -p 9000 -e cat")),
 		"{apiVersion: v1, kind: Service, metadata: {name: echo}, spec: {selector: {app: echo}, ports: [{port: 9000}]}}")
 	tn.waitReady(t, "echo")
-	eventually(t, 20*time.Second, func() error { return tn.connect("client", "echo:9000", "tcp") })
+	eventually(t, func() error { return tn.connect("client", "echo:9000", "tcp") })
 	count := func(to string) string {
 		return "i=0; while :; do i=$((i+1)); echo $i; sleep 0.2; done | nc " + to + " 9000"
 	}
@@ -88,7 +88,7 @@ func testConnections(t *testing.T, tn tenant) {
 				if err != nil {
 					t.Fatalf("%s: %s/%s: %v", after, p, c, err)
 				}
-				eventually(t, 20*time.Second, func() error {
+				eventually(t, func() error {
 					now, err := last()
 					if err == nil && now < before+5 {
 						err = fmt.Errorf("after %s: stream %s/%s stands at %d since %d", after, p, c, now, before)
@@ -107,7 +107,7 @@ func testConnections(t *testing.T, tn tenant) {
 		old.kill(t)
 		restarted(t, n, "h8s-node", old)
 	}
-	kubectl(t, admin, "rollout", "status", agentDaemonSet, "-n", systemNamespace, "--timeout=90s")
+	kubectl(t, admin, "rollout", "status", agentDaemonSet, "-n", systemNamespace, "--timeout=4m")
 	advanced("kill -9 of the agents")
 	rollBack := upgrade(t)
 	advanced("an upgrade")
@@ -134,7 +134,7 @@ func upgrade(t *testing.T) (rollBack func()) {
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, filepath.Join(cluster.bin, "helm"),
-			append(args, "--namespace", systemNamespace, "--kubeconfig", kubeconfigPath(admin), "--wait", "--timeout", "150s")...)
+			append(args, "--namespace", systemNamespace, "--kubeconfig", kubeconfigPath(admin), "--wait", "--timeout", "4m")...)
 		cmd.Env = append(os.Environ(), "HELM_CACHE_HOME="+caches, "HELM_CONFIG_HOME="+caches, "HELM_DATA_HOME="+caches)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("helm %s: %v: %s", args[0], err, out)
@@ -203,14 +203,14 @@ func testAgentDown(t *testing.T, tn tenant) {
 	}
 	back := once(func() {
 		schedule(`{"example.com/nowhere":null}`)
-		kubectl(t, admin, "rollout", "status", agentDaemonSet, "-n", systemNamespace, "--timeout=120s")
+		kubectl(t, admin, "rollout", "status", agentDaemonSet, "-n", systemNamespace, "--timeout=4m")
 		if now := kubectl(t, admin, "get", agentDaemonSet, "-n", systemNamespace, "-o", "jsonpath={.spec.template.spec.nodeSelector}"); now != old && now != "{}"+old {
 			t.Errorf("the node selector of the agents was %q and is %q", old, now)
 		}
 	})
 	defer back()
 	schedule(`{"example.com/nowhere":"true"}`)
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		if n := len(processes(a, "h8s-node")) + len(processes(b, "h8s-node")); n > 0 {
 			return fmt.Errorf("%d agents still run", n)
 		}
@@ -231,8 +231,8 @@ func testAgentDown(t *testing.T, tn tenant) {
 	if err := tn.connect("client", tn.ip(t, "waiting")+":8080", "tcp"); err != nil {
 		t.Error(err)
 	}
-	kubectl(t, tn.owner, "wait", "--for=delete", "pod/leaving", "-n", tn.ns, "--timeout=60s")
-	kubectl(t, tn.owner, "delete", "pod", "waiting", "-n", tn.ns, "--timeout=60s")
+	kubectl(t, tn.owner, "wait", "--for=delete", "pod/leaving", "-n", tn.ns, "--timeout=4m")
+	kubectl(t, tn.owner, "delete", "pod", "waiting", "-n", tn.ns, "--timeout=4m")
 	recordsMatch(t, tn)
 }
 
@@ -250,7 +250,7 @@ func once(f func()) func() {
 // waitsBecause asserts that a pod has no address and that an event of it says why.
 func (tn tenant) waitsBecause(t testing.TB, pod, why string) {
 	t.Helper()
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector=involvedObject.name="+pod+",reason=FailedCreatePodSandBox", "-o", "jsonpath={.items[*].message}")
 		if err != nil || !strings.Contains(out, why) {
 			return fmt.Errorf("no event of pod %s says %q: %q, %w", pod, why, out, err)
@@ -289,7 +289,7 @@ func recordsMatch(t testing.TB, tn tenant) {
 	t.Helper()
 	network := kubectl(t, admin, "get", "namespace", tn.ns, "-o", `jsonpath={.metadata.labels.h8s\.io/network}`)
 	id := kubectl(t, admin, "get", "network", network, "-o", "jsonpath={.status.id}")
-	eventually(t, 4*time.Minute, func() error {
+	eventually(t, func() error {
 		out, err := try(admin, "get", "pods", "-n", tn.ns, "-o", `jsonpath={range .items[*]}{.spec.nodeName} {.status.podIP}{"\n"}{end}`)
 		if err != nil {
 			return err
@@ -382,7 +382,7 @@ func testKilledInAdd(t *testing.T, tn tenant) {
 		}
 	}
 	recordsMatch(t, tn)
-	kubectl(t, tn.owner, append([]string{"delete", "pod", "-n", tn.ns, "--timeout=90s"}, names...)...)
+	kubectl(t, tn.owner, append([]string{"delete", "pod", "-n", tn.ns, "--timeout=4m"}, names...)...)
 	recordsMatch(t, tn)
 }
 
@@ -391,8 +391,8 @@ func testNetworkMissing(t *testing.T, tn tenant) {
 	const name, cidr = "faults-late", "10.79.0.0/24"
 	late := tenant{name: name, owner: admin, ns: name}
 	t.Cleanup(func() {
-		_, _ = try(admin, "delete", "namespace", name, "--ignore-not-found", "--timeout=60s")
-		_, _ = try(admin, "delete", "network", name, "--ignore-not-found", "--timeout=60s")
+		_, _ = try(admin, "delete", "namespace", name, "--ignore-not-found", "--timeout=4m")
+		_, _ = try(admin, "delete", "network", name, "--ignore-not-found", "--timeout=4m")
 	})
 	apply(t, admin, fmt.Sprintf("{apiVersion: v1, kind: Namespace, metadata: {name: %s, labels: {h8s.io/tenant: %s, h8s.io/network: %s}}}", name, tn.name, name))
 	waitNamespace(t, late)
@@ -413,7 +413,7 @@ func networkManifest(name, tenant, cidr string) string {
 // whole and its ServiceAccount is there.
 func waitNamespace(t testing.TB, tn tenant) {
 	t.Helper()
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(admin, "get", "namespace", tn.ns, "-o", `jsonpath={.metadata.labels.h8s\.io/sandbox}`)
 		if err != nil || out == "" {
 			return fmt.Errorf("namespace %s has no sandbox yet: %w", tn.ns, err)
@@ -432,15 +432,15 @@ func testConflict(t *testing.T, tn tenant) {
 	defer remove()
 	conflict := tenant{name: name, owner: admin, ns: name}
 	t.Cleanup(func() {
-		_, _ = try(admin, "delete", "namespace", name, "--ignore-not-found", "--timeout=60s")
-		_, _ = try(admin, "delete", "network", name, "--ignore-not-found", "--timeout=60s")
+		_, _ = try(admin, "delete", "namespace", name, "--ignore-not-found", "--timeout=4m")
+		_, _ = try(admin, "delete", "network", name, "--ignore-not-found", "--timeout=4m")
 	})
 	apply(t, admin, networkManifest(name, tn.name, cidr))
 	apply(t, admin, fmt.Sprintf("{apiVersion: v1, kind: Namespace, metadata: {name: %s, labels: {h8s.io/tenant: %s, h8s.io/network: %s}}}", name, tn.name, name))
 	waitNamespace(t, conflict)
 	conflict.run(t, pod("web", node, ""))
 	conflict.waitsBecause(t, "web", "10.78.0.0/16")
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(admin, "get", "network", name, "-o", `jsonpath={.status.conditions[?(@.type=="Conflict")].status} {.status.conditions[?(@.type=="Conflict")].message}`)
 		if err != nil || !strings.HasPrefix(out, "True") || !strings.Contains(out, node) || !strings.Contains(out, "10.78.0.0/16") {
 			return fmt.Errorf("condition Conflict: %q, %w", out, err)
@@ -456,7 +456,7 @@ func testConflict(t *testing.T, tn tenant) {
 func testLeftovers(t *testing.T, tn tenant) {
 	nothing := func(when string) {
 		t.Helper()
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			if wrong := doctor(t); wrong != "" {
 				return fmt.Errorf("%s: h8s doctor: %s", when, wrong)
 			}
@@ -474,9 +474,9 @@ func testLeftovers(t *testing.T, tn tenant) {
 	}
 	const file = "/var/lib/h8s/attachments/0123456789abcdef-eth0.json"
 	const empty = "faults-empty" // a Network that nobody uses
-	t.Cleanup(func() { _, _ = try(admin, "delete", "network", empty, "--ignore-not-found", "--timeout=60s") })
+	t.Cleanup(func() { _, _ = try(admin, "delete", "network", empty, "--ignore-not-found", "--timeout=4m") })
 	apply(t, admin, networkManifest(empty, tn.name, "10.77.0.0/16"))
-	kubectl(t, admin, "wait", "--for=condition=Ready", "network/"+empty, "--timeout=60s")
+	kubectl(t, admin, "wait", "--for=condition=Ready", "network/"+empty, "--timeout=4m")
 	emptyID := kubectl(t, admin, "get", "network", empty, "-o", "jsonpath={.status.id}")
 	portal := "h8s-" + kubectl(t, admin, "get", "network", tn.name, "-o", "jsonpath={.status.id}")
 	for name, test := range map[string]struct{ add, del, want string }{
@@ -504,12 +504,12 @@ func testLeftovers(t *testing.T, tn tenant) {
 		scale := func(replicas string) {
 			t.Helper()
 			kubectl(t, admin, "scale", "deployment/h8s-controller", "-n", systemNamespace, "--replicas="+replicas)
-			kubectl(t, admin, "rollout", "status", "deployment/h8s-controller", "-n", systemNamespace, "--timeout=90s")
+			kubectl(t, admin, "rollout", "status", "deployment/h8s-controller", "-n", systemNamespace, "--timeout=4m")
 		}
 		back := once(func() { scale(deployed) })
 		defer back()
 		scale("0")
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			for _, n := range nodes(t) {
 				if len(processes(n, "h8s-controller")) > 0 {
 					return fmt.Errorf("the controller still runs on %s", n)
@@ -535,7 +535,7 @@ func testLeftovers(t *testing.T, tn tenant) {
 		}
 		resume()
 		back()
-		eventually(t, 90*time.Second, func() error {
+		eventually(t, func() error {
 			if out, err := try(admin, "get", "blocks", "faults-10-0-255-240", "no-net-10-99-255-240", "--ignore-not-found", "-o", "name"); out != "" || err != nil {
 				return fmt.Errorf("Blocks that nobody needs are still there: %s, %w", out, err)
 			}
@@ -563,9 +563,9 @@ func TestCleanUp(t *testing.T) {
 			t.Fatalf("node %s: this test does not see a network that is there: %v", n, traces)
 		}
 	}
-	kubectl(t, tn.owner, "delete", "pod", "--all", "-n", tn.ns, "--timeout=60s")
+	kubectl(t, tn.owner, "delete", "pod", "--all", "-n", tn.ns, "--timeout=4m")
 	recordsMatch(t, tn)
-	kubectl(t, admin, "delete", "tenant", tn.name, "--timeout=110s")
+	kubectl(t, admin, "delete", "tenant", tn.name, "--timeout=4m")
 	noTraces(t, id)
 	for _, n := range nodes(t) {
 		held, err := attachments(n)
@@ -610,7 +610,7 @@ func noTraces(t testing.TB, ids ...string) {
 			continue
 		}
 		for _, n := range nodes(t) {
-			eventually(t, 30*time.Second, func() error {
+			eventually(t, func() error {
 				if traces := tracesOf(n, id); len(traces) > 0 {
 					return fmt.Errorf("node %s still has of Network %s: %s", n, id, strings.Join(traces, "; "))
 				}

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 )
 
 // tenant is a Tenant with one owner, one namespace that the owner made, and the owner's kubeconfig.
@@ -43,23 +42,23 @@ spec:
 			out, _ := try(admin, "get", "pods,events,services", "-n", tn.ns, "-o", "wide")
 			t.Logf("namespace %s:\n%s", tn.ns, out)
 		}
-		if _, err := try(admin, "delete", "tenant", tn.name, "--ignore-not-found", "--timeout=110s"); err != nil {
+		if _, err := try(admin, "delete", "tenant", tn.name, "--ignore-not-found", "--timeout=4m"); err != nil {
 			t.Errorf("deleting tenant %s: %v", tn.name, err)
 		}
 		if _, err := try(admin, "delete", "user", tn.owner, "--ignore-not-found"); err != nil {
 			t.Errorf("deleting user %s: %v", tn.owner, err)
 		}
 	})
-	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/"+name, "--timeout=60s")
+	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/"+name, "--timeout=4m")
 	if err := writeKubeconfig(tn.owner); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		_, err := try(tn.owner, "create", "namespace", tn.ns)
 		return err
 	})
 	// RoleBindings and the default ServiceAccount follow within moments.
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		if out, err := try(tn.owner, "auth", "can-i", "create", "pods", "-n", tn.ns); err != nil {
 			return fmt.Errorf("may not create pods yet: %s %w", out, err)
 		}
@@ -106,7 +105,7 @@ func (tn tenant) run(t testing.TB, manifests ...string) {
 func (tn tenant) waitReady(t testing.TB, pods ...string) {
 	t.Helper()
 	for _, p := range pods {
-		kubectl(t, tn.owner, "wait", "-n", tn.ns, "--for=condition=Ready", "pod/"+p, "--timeout=90s")
+		kubectl(t, tn.owner, "wait", "-n", tn.ns, "--for=condition=Ready", "pod/"+p, "--timeout=4m")
 	}
 }
 

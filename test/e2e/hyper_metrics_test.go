@@ -79,13 +79,13 @@ func testHyperMetrics(t *testing.T, tn tenant) {
 	}
 	var first, last map[string]use
 	var firstPod, lastPod use
-	eventually(t, 60*time.Second, func() (err error) {
+	eventually(t, func() (err error) {
 		if first, firstPod, err = read(); err == nil && first["memory"].work < held {
 			err = fmt.Errorf("the container that holds %d bytes has %d", held, first["memory"].work)
 		}
 		return err
 	})
-	eventually(t, 90*time.Second, func() (err error) {
+	eventually(t, func() (err error) {
 		if last, lastPod, err = read(); err == nil && (last["busy"].at.Sub(first["busy"].at) < 5*time.Second || lastPod.at.Equal(firstPod.at)) {
 			err = fmt.Errorf("no new measurement: of the container at %s, of the pod at %s", last["busy"].at, lastPod.at)
 		}
@@ -116,7 +116,7 @@ func testHyperMetrics(t *testing.T, tn tenant) {
 	}
 
 	// The same, in the form that the metrics server reads.
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(admin, "get", "--raw", "/api/v1/nodes/"+node+"/proxy/metrics/resource")
 		if err != nil {
 			return err
@@ -141,7 +141,7 @@ func testHyperMetrics(t *testing.T, tn tenant) {
 
 	t.Run("Top", func(t *testing.T) {
 		serveMetricsAPI(t, node)
-		eventually(t, 90*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := try(tn.owner, "top", "pod", pod, "-n", tn.ns, "--containers", "--no-headers")
 			if err != nil {
 				return err

@@ -69,7 +69,7 @@ func (tn tenant) follow(t *testing.T, pod, container string) *syncBuffer {
 }
 
 func testHyperLogs(t *testing.T, tn tenant) {
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(tn.owner, "logs", "streams", "-n", tn.ns, "-c", "lines", "--tail=1")
 		if err != nil || !strings.HasPrefix(out, "009999 ") {
 			return fmt.Errorf("the last line: %q, %w", out, err)
@@ -86,7 +86,7 @@ func testHyperLogs(t *testing.T, tn tenant) {
 	if got := kubectl(t, tn.owner, "logs", "streams", "-n", tn.ns, "-c", "lines", "--since=1h", "--tail=10"); strings.Count(got, "\n") != 10 {
 		t.Errorf("the last ten lines since an hour ago: %q", got)
 	}
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		if out, err := try(tn.owner, "logs", "streams", "-n", tn.ns, "-c", "lines", "--since=1s"); err != nil || out != "" {
 			return fmt.Errorf("%d bytes are of the last second, %w", len(out), err)
 		}
@@ -183,7 +183,7 @@ func (p *typist) types(text string) {
 func (p *typist) reads(pattern string) {
 	p.t.Helper()
 	expression := regexp.MustCompile(pattern)
-	eventually(p.t, 30*time.Second, func() error {
+	eventually(p.t, func() error {
 		if !expression.MatchString(p.out.String()) {
 			return fmt.Errorf("the screen does not show %q: %q", pattern, p.out)
 		}
@@ -245,13 +245,13 @@ func testHyperAttach(t *testing.T, tn tenant) {
 	if _, err := io.WriteString(in, "through the attached input\n"); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		if !strings.Contains(out.String(), "through the attached input\n") {
 			return fmt.Errorf("kubectl attach -i: %q", out)
 		}
 		return nil
 	})
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		if !strings.Contains(log.String(), "through the attached input\n") {
 			return fmt.Errorf("kubectl logs -f: %q", log)
 		}
@@ -280,7 +280,7 @@ func testHyperPortForward(t *testing.T, tn tenant) {
 	}
 	defer func() { cancel(); _ = cmd.Wait() }() // it was killed
 	var address string
-	eventually(t, 15*time.Second, func() error {
+	eventually(t, func() error {
 		m := forwarding.FindStringSubmatch(out.String())
 		if m == nil {
 			return fmt.Errorf("kubectl port-forward: %s", out)

@@ -104,7 +104,7 @@ func hyperWhole() string {
 func testHyperKernel(t *testing.T, tn tenant) {
 	tn.waitReady(t, "whole")
 	// Not all of its containers live on.
-	kubectl(t, tn.owner, "wait", "-n", tn.ns, "--for=jsonpath={.status.phase}=Running", "pod/oom", "--timeout=60s")
+	kubectl(t, tn.owner, "wait", "-n", tn.ns, "--for=jsonpath={.status.phase}=Running", "pod/oom", "--timeout=4m")
 	var host unix.Utsname
 	if err := unix.Uname(&host); err != nil {
 		t.Fatal(err)
@@ -248,7 +248,7 @@ func testHyperDebug(t *testing.T, tn tenant) {
 		}, flags...)
 		kubectl(t, tn.owner, append(args, "--", "sh", "-c", script)...)
 		var log string
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			status, err := tn.status("whole")
 			if err != nil {
 				return err
@@ -302,7 +302,7 @@ func hyperPolicies() string {
 func (tn tenant) exits(t *testing.T, pod string, want map[string]int32) {
 	t.Helper()
 	got := map[string]int32{}
-	eventually(t, 2*time.Minute, func() error {
+	eventually(t, func() error {
 		status, err := tn.status(pod)
 		if err != nil {
 			return err
@@ -332,7 +332,7 @@ func (tn tenant) exits(t *testing.T, pod string, want map[string]int32) {
 
 func (tn tenant) restarts(t *testing.T, pod string, want map[string]int32) {
 	t.Helper()
-	eventually(t, 90*time.Second, func() error {
+	eventually(t, func() error {
 		status, err := tn.status(pod)
 		if err != nil {
 			return err
@@ -361,7 +361,7 @@ func testHyperPolicies(t *testing.T, tn tenant) {
 	}
 	tn.restarts(t, "onfailure", map[string]int32{"zero": 0, "three": 1})
 	for pod, want := range map[string]corev1.PodPhase{"never": corev1.PodFailed, "onfailure": corev1.PodSucceeded, "always": corev1.PodRunning} {
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, func() error {
 			if status, err := tn.status(pod); err != nil || status.Phase != want {
 				return fmt.Errorf("pod %s is %s, want %s, %w", pod, status.Phase, want, err)
 			}
@@ -385,7 +385,7 @@ func testHyperStopping(t *testing.T, tn tenant) {
 	logs := map[string]*syncBuffer{}
 	for _, c := range []string{"polite", "stubborn"} {
 		logs[c] = tn.follow(t, "stopping", c)
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, func() error {
 			if !strings.Contains(logs[c].String(), "ready") {
 				return fmt.Errorf("log of %s: %s", c, logs[c])
 			}
@@ -403,7 +403,7 @@ func testHyperStopping(t *testing.T, tn tenant) {
 		t.Errorf("the pod ended after %s: its grace period is 15 seconds", took)
 	}
 	for c, want := range map[string]string{"polite": "ready\nhook\nterminated\n", "stubborn": "ready\nrefused\n"} {
-		eventually(t, 10*time.Second, func() error {
+		eventually(t, func() error {
 			if got := logs[c].String(); got != want {
 				return fmt.Errorf("%s printed %q, want %q", c, got, want)
 			}
@@ -422,7 +422,7 @@ func hyperOOM() string {
 }
 
 func testHyperOOM(t *testing.T, tn tenant) {
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		status, err := tn.status("oom")
 		if err != nil {
 			return err
@@ -448,7 +448,7 @@ func testHyperOOM(t *testing.T, tn tenant) {
 	if out := tn.shIn(t, "oom", "neighbour", "echo lives"); out != "lives\n" {
 		t.Errorf("the neighbour: %q", out)
 	}
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(tn.owner, "logs", "oom", "-n", tn.ns, "-c", "parent")
 		if err == nil && !strings.Contains(out, "the child ended with 137\n") {
 			err = fmt.Errorf("the container whose child was killed: %q", out)
@@ -491,7 +491,7 @@ func testHyperSecure(t *testing.T, tn tenant) {
 		"filtered":   "0\n0\n0 3000 4000\n" + caps(none, defaults, defaults) + "NoNewPrivs:\t0\nSeccomp:\t2\nmay not make a namespace\n",
 		"unfiltered": "0\n0\n0 3000 4000\n" + caps(none, defaults, defaults) + "NoNewPrivs:\t0\nSeccomp:\t0\nmade a namespace\n",
 	} {
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := try(tn.owner, "logs", "secure", "-n", tn.ns, "-c", container)
 			if err != nil || !strings.Contains(out, "done\n") {
 				return fmt.Errorf("log of %s: %q, %w", container, out, err)

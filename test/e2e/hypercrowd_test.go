@@ -33,7 +33,7 @@ func TestHyperCrowd(t *testing.T) {
 	}
 	begin := time.Now()
 	tn.run(t, manifests...)
-	eventually(t, 4*time.Minute, func() error {
+	eventually(t, func() error {
 		out, err := try(tn.owner, "get", "pods", "-n", tn.ns, "-o", `jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}`)
 		if n := strings.Count(out, "True"); err == nil && n != count {
 			err = fmt.Errorf("%d of %d pods are Ready", n, count)
@@ -66,9 +66,9 @@ func TestHyperCrowd(t *testing.T) {
 	t.Logf("%d virtual machines, started together, are Ready after %.0fs, each with %d MiB of the node's memory (PSS of QEMU and shim)", count, ready.Seconds(), memory/count>>10)
 
 	begin = time.Now()
-	kubectl(t, tn.owner, "delete", "pods", "--all", "-n", tn.ns, "--timeout=115s")
+	kubectl(t, tn.owner, "delete", "pods", "--all", "-n", tn.ns, "--timeout=4m")
 	// A node keeps a Network's portal for a while after its last pod, as long as there is the Network.
-	kubectl(t, admin, "delete", "tenant", tn.name, "--timeout=115s")
+	kubectl(t, admin, "delete", "tenant", tn.name, "--timeout=4m")
 	for _, n := range names {
 		awaitNodeState(t, n, before[n])
 	}

@@ -67,7 +67,7 @@ func TestHyperFaults(t *testing.T) {
 		if _, err := tn.sh("steady", "touch /tmp/sick"); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, 60*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := restartsAndReady(tn, "steady")
 			if err != nil || out != "1 True" {
 				return fmt.Errorf("the pod is not alive any more, and its restarts and readiness are %q, %w", out, err)
@@ -76,10 +76,10 @@ func TestHyperFaults(t *testing.T) {
 		})
 	})
 	for _, in := range []tenant{tn, system} {
-		kubectl(t, admin, "delete", "pods", "--all", "-n", in.ns, "--timeout=90s")
+		kubectl(t, admin, "delete", "pods", "--all", "-n", in.ns, "--timeout=4m")
 	}
 	// A node keeps a Network's portal for a while after its last pod, as long as there is the Network.
-	kubectl(t, admin, "delete", "tenant", tn.name, "--timeout=110s")
+	kubectl(t, admin, "delete", "tenant", tn.name, "--timeout=4m")
 	for _, n := range names {
 		awaitNodeState(t, n, before[n])
 	}
@@ -126,7 +126,7 @@ func testEnded(t *testing.T, tn, system tenant, node string) {
 			if err != nil {
 				t.Error(err)
 			}
-			eventually(t, 20*time.Second, func() error {
+			eventually(t, func() error {
 				_, now, err := in.printed(pod)
 				if err == nil && now < n+3 {
 					err = fmt.Errorf("the log stands at %d since %d", now, n)
@@ -161,7 +161,7 @@ func testEnded(t *testing.T, tn, system tenant, node string) {
 				if test.spec == never {
 					state, phase = "state", "0 False"
 				}
-				eventually(t, 60*time.Second, func() error {
+				within(t, 60*time.Second, func() error {
 					out, err := try(admin, "get", "pod", pod, "-n", test.in.ns, "-o", "jsonpath={.status.containerStatuses[0]."+state+".terminated.exitCode} {.status.containerStatuses[0]."+state+".terminated.reason}")
 					if pod == "shim" && out == " " {
 						// The kubelet may forget how a container ended whose sandbox it has replaced, and
@@ -176,7 +176,7 @@ func testEnded(t *testing.T, tn, system tenant, node string) {
 					return nil
 				})
 				known := time.Since(begin)
-				eventually(t, 60*time.Second, func() error {
+				within(t, 60*time.Second, func() error {
 					out, err := restartsAndReady(test.in, pod)
 					if err != nil || out != phase {
 						return fmt.Errorf("restarts and readiness are %q, want %q, %w", out, phase, err)
@@ -185,7 +185,7 @@ func testEnded(t *testing.T, tn, system tenant, node string) {
 				})
 				t.Logf("known after %.1fs, true again after %.1fs", known.Seconds(), time.Since(begin).Seconds())
 				if test.spec == never {
-					eventually(t, 60*time.Second, func() error {
+					eventually(t, func() error {
 						out, err := try(admin, "get", "pod", pod, "-n", test.in.ns, "-o", "jsonpath={.status.phase}")
 						if err != nil || out != "Failed" {
 							return fmt.Errorf("the pod is %q, %w", out, err)
@@ -215,7 +215,7 @@ func testDaemons(t *testing.T, tn tenant, node string) {
 		restarted(t, node, program, old)
 		// The log is whole, and goes on.
 		n, err := 0, error(nil)
-		eventually(t, 30*time.Second, func() error { _, n, err = tn.printed("steady"); return err })
+		eventually(t, func() error { _, n, err = tn.printed("steady"); return err })
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		follow := exec.CommandContext(ctx, filepath.Join(cluster.bin, "kubectl"), "--kubeconfig="+kubeconfigPath(tn.owner), "logs", "-f", "-n", tn.ns, "steady")
 		out, err := follow.StdoutPipe()
@@ -237,7 +237,7 @@ func testDaemons(t *testing.T, tn tenant, node string) {
 		if _, _, err := tn.printed("steady"); err != nil {
 			t.Errorf("kill -9 of %s: %v", program, err)
 		}
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := try(admin, "get", "node", node, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
 			if err == nil && out != "True" {
 				err = fmt.Errorf("node %s is Ready: %s", node, out)
@@ -295,7 +295,7 @@ func testMoments(t *testing.T, tn tenant, node string) {
 			test.kill(t, was)
 		}
 		defer func() {
-			eventually(t, 90*time.Second, func() error {
+			eventually(t, func() error {
 				out, err := try(admin, "get", "pods", "-n", tn.ns, "-l", "app="+ending, "-o", "name")
 				if err == nil && out != "" {
 					err = fmt.Errorf("%s was killed, and %s is still there", what, out)
@@ -448,9 +448,9 @@ func testHyperUpgrade(t *testing.T, tn tenant, node string) {
 	}
 	// The one is stopped by its own shim; what the other one's shim leaves is the new one's to clean up.
 	shim := tn.vm(t, node, "old-two").shim
-	kubectl(t, tn.owner, "delete", "pod", "old-one", "-n", tn.ns, "--timeout=60s")
+	kubectl(t, tn.owner, "delete", "pod", "old-one", "-n", tn.ns, "--timeout=4m")
 	shim.kill(t)
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := tn.sh("old-two", swappiness)
 		if err == nil && out != "77\n" {
 			err = fmt.Errorf("started again, the pod has the old guest: %q", out)
@@ -458,7 +458,7 @@ func testHyperUpgrade(t *testing.T, tn tenant, node string) {
 		return err
 	})
 	takeAway()
-	kubectl(t, tn.owner, "delete", "pod", "old-two", "new", "-n", tn.ns, "--timeout=60s")
+	kubectl(t, tn.owner, "delete", "pod", "old-two", "new", "-n", tn.ns, "--timeout=4m")
 }
 
 // newGuest builds an initramfs whose init differs from the product's.
@@ -509,7 +509,7 @@ func testPressure(t *testing.T, tn tenant, node string) {
 	undo := podsMemory(t, node, "").leave(t, 96<<20)
 	defer undo()
 	_, _ = tn.sh("glutton", "dd if=/dev/zero of=/full bs=1M count=220")
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(tn.owner, "get", "pod", "glutton", "-n", tn.ns, "-o", "jsonpath={.status.phase} {.status.containerStatuses[0].state.terminated.exitCode}")
 		// The reason says OOMKilled only where it was a limit of the pod's own.
 		if err != nil || out != "Failed 137" {
@@ -523,7 +523,7 @@ func testPressure(t *testing.T, tn tenant, node string) {
 
 // testHyperLeftovers makes what a fault could leave, and lets doctor find it.
 func testHyperLeftovers(t *testing.T, node string) {
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		if wrong := doctor(t); wrong != "" {
 			return fmt.Errorf("before: h8s doctor: %s", wrong)
 		}

@@ -151,16 +151,16 @@ func newRivals(t *testing.T) *rivals {
 // operatorNamespace is a namespace of no tenant, used by the operator.
 func operatorNamespace(t testing.TB, name string) tenant {
 	t.Helper()
-	eventually(t, 60*time.Second, func() error { // an earlier run's may still be going
+	eventually(t, func() error { // an earlier run's may still be going
 		_, err := try(admin, "create", "namespace", name)
 		return err
 	})
 	t.Cleanup(func() {
-		if _, err := try(admin, "delete", "namespace", name, "--timeout=90s"); err != nil {
+		if _, err := try(admin, "delete", "namespace", name, "--timeout=4m"); err != nil {
 			t.Error(err)
 		}
 	})
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		_, err := try(admin, "get", "serviceaccount", "default", "-n", name)
 		return err
 	})
@@ -574,7 +574,7 @@ func serve(t *testing.T, netns, address string) {
 		cancel()
 		_ = cmd.Wait() // it was killed
 	})
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		check := probeIn(ctx, t, netns, "dial")
 		check.Stdin = strings.NewReader(mustJSON(t, []probe.Target{{Proto: "http", Address: address}}))
 		out, err := check.CombinedOutput()
@@ -679,7 +679,7 @@ ip -n %[1]s route add default dev eth0`, netns, gateway, outside)
 	serve(t, "/run/netns/"+netns, outside+":80")
 	reachable := func(t *testing.T, tn tenant, pod string) {
 		target := probe.Target{Proto: "http", Address: outside + ":80", Path: "/clientip"}
-		eventually(t, 10*time.Second, func() error {
+		eventually(t, func() error {
 			if o, want := tn.dial(t, pod, target)[0], r.nodeIP[r.node(tn, pod)]; o.Answer != want {
 				return fmt.Errorf("%s/%s: %s sees the client as %q %s %s, want the node, %s", tn.name, pod, outside, o.Answer, o.Failure, o.Detail, want)
 			}
@@ -698,7 +698,7 @@ ip -n %[1]s route add default dev eth0`, netns, gateway, outside)
 		t.Run(fmt.Sprintf("open=%t", open), func(t *testing.T) {
 			setEgress(t, open)
 			for _, pod := range r.pods[r.b.name] {
-				eventually(t, 20*time.Second, func() error {
+				eventually(t, func() error {
 					out := r.b.dial(t, pod, probe.Target{Proto: "http", Address: outside + ":80"}, probe.Target{Proto: "tcp", Address: api}, probe.Target{Proto: "tcp", Address: "10.96.0.1:443"})
 					for i, o := range out {
 						if (o.Failure == "") != open {
@@ -708,7 +708,7 @@ ip -n %[1]s route add default dev eth0`, netns, gateway, outside)
 					return nil
 				})
 				want := map[bool]string{true: "NOERROR", false: "NXDOMAIN"}[open]
-				eventually(t, 20*time.Second, func() error {
+				eventually(t, func() error {
 					if a := r.b.ask(t, pod, probe.Query{Name: "kubernetes.default.svc.cluster.local", Type: "A"})[0]; a.Rcode != want {
 						return fmt.Errorf("%s: kubernetes.default is %s, want %s", pod, a.Rcode, want)
 					}
@@ -1155,7 +1155,7 @@ func (r *rivals) testForeignEndpoints(t *testing.T) {
 	})
 	r.eachPod(t, func(t *testing.T, _ tenant, pod string) {
 		control := probe.Target{Proto: "http", Address: r.a.clusterIP(t, "control") + ":80"}
-		eventually(t, 20*time.Second, func() error {
+		eventually(t, func() error {
 			if o := r.a.dial(t, pod, control)[0]; o.Answer != "a3" {
 				return fmt.Errorf("control: %+v", o)
 			}
@@ -1177,7 +1177,7 @@ func (r *rivals) testNodePort(t *testing.T) {
 		r.a.run(t, strings.Replace(strings.Replace(webService, "spec:", "spec:\n  type: "+kind, 1), "name: web", "name: "+name, 1))
 		port := kubectl(t, r.a.owner, "get", "service", name, "-n", r.a.ns, "-o", "jsonpath={.spec.ports[0].nodePort}")
 		ip := r.a.clusterIP(t, name)
-		eventually(t, 20*time.Second, func() error {
+		eventually(t, func() error {
 			o := r.a.dial(t, "a1", probe.Target{Proto: "http", Address: ip + ":80"})[0]
 			if o.Failure != "" {
 				return fmt.Errorf("the tenant's own pods, by its ClusterIP: %+v", o)

@@ -23,7 +23,7 @@ const (
 func (tn tenant) useHyper(t testing.TB) {
 	t.Helper()
 	kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", `{"spec":{"sandbox":{"default":"hyper","allowed":["gvisor","hyper"]}}}`)
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(admin, "get", "namespace", tn.ns, "-o", `jsonpath={.metadata.labels.h8s\.io/sandbox}`)
 		if err != nil || out != "hyper" {
 			return fmt.Errorf("the sandbox of namespace %s is %q, %w", tn.ns, out, err)

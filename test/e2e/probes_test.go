@@ -258,7 +258,7 @@ func testHealthy(t *testing.T, tn tenant) {
 
 // testSick shows that each kind of probe tells a healthy server from a sick one.
 func testSick(t *testing.T, tn tenant) {
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(tn.owner, "get", "events", "-n", tn.ns, "-o",
 			`jsonpath={range .items[?(@.reason=="Unhealthy")]}{.involvedObject.name} {.involvedObject.fieldPath} {.message}{"\n"}{end}`)
 		if err != nil {
@@ -285,7 +285,7 @@ func testSick(t *testing.T, tn tenant) {
 }
 
 func testHooks(t *testing.T, tn tenant) {
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(tn.owner, "logs", "-n", tn.ns, "hooked", "-c", "server")
 		if err == nil && !strings.Contains(out, "poststart-was-called") {
 			err = fmt.Errorf("the http postStart hook did not arrive: %s", out)
@@ -306,13 +306,13 @@ func testHooks(t *testing.T, tn tenant) {
 	if err := follow.Start(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		if !strings.Contains(log.String(), "poststart-was-called") {
 			return fmt.Errorf("kubectl logs -f: %s", log)
 		}
 		return nil
 	})
-	kubectl(t, tn.owner, "delete", "pod", "hooked", "-n", tn.ns, "--timeout=60s")
+	kubectl(t, tn.owner, "delete", "pod", "hooked", "-n", tn.ns, "--timeout=4m")
 	_ = follow.Wait() // it ends with the container, one way or another
 	if !strings.Contains(log.String(), "prestop-was-called") {
 		t.Errorf("the http preStop hook did not arrive: %s", log)
@@ -374,7 +374,7 @@ func testForwardedPorts(t *testing.T, tn tenant) {
 			}
 			defer func() { cancel(); _ = cmd.Wait() }() // it was killed
 			var local string
-			eventually(t, 15*time.Second, func() error {
+			eventually(t, func() error {
 				m := forwarding.FindStringSubmatch(out.String())
 				if m == nil {
 					return fmt.Errorf("kubectl port-forward: %s", out)
@@ -424,7 +424,7 @@ func testLiveness(t *testing.T, sick, well tenant) {
 		return kubectl(t, tn.owner, "get", "pod", "healthy", "-n", tn.ns, "-o", `jsonpath={.status.containerStatuses[?(@.name=="grpc")].restartCount}`)
 	}
 	kubectl(t, sick.owner, "exec", "-n", sick.ns, "healthy", "-c", "grpc", "--", "wget", "-q", "-O", "-", "http://127.0.0.1:5001/make-not-serving")
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		if n := restarts(sick); n != "1" {
 			return fmt.Errorf("the container with a failing liveness probe was restarted %s times", n)
 		}
@@ -456,7 +456,7 @@ func (r *rivals) testProbesOfTwins(t *testing.T) {
 		if out, err := w.sh(w.pod, command); err != nil {
 			t.Fatalf("%s %v", out, err)
 		}
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, func() error {
 			if got := condition(who); got != want {
 				return fmt.Errorf("%s/%s: Ready is %s, want %s", w.ns, w.pod, got, want)
 			}

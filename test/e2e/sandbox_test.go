@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 )
 
 // gvisorBoot is what the kernel log of a gVisor sandbox begins with; the host's
@@ -68,7 +67,7 @@ func testKernel(t *testing.T, tn tenant) {
 	kubectl(t, tn.owner, "delete", "-n", tn.ns, "cronjob/c", "--cascade=orphan")
 	for app, count := range pods {
 		t.Run(app, func(t *testing.T) {
-			eventually(t, 120*time.Second, func() error {
+			eventually(t, func() error {
 				out, err := try(tn.owner, "get", "pods", "-n", tn.ns, "-l", "app="+app, "-o",
 					`jsonpath={range .items[*]}{.metadata.name} {.status.phase} {.spec.runtimeClassName}{"\n"}{end}`)
 				if err != nil {
@@ -105,7 +104,7 @@ func testKernel(t *testing.T, tn tenant) {
 			}
 		}
 		kubectl(t, tn.owner, debug("helper", "baseline")...)
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, func() error {
 			log, err := try(tn.owner, "logs", "-n", tn.ns, target, "-c", "helper")
 			if err != nil || !strings.Contains(log, gvisorBoot) {
 				return fmt.Errorf("the ephemeral container does not run in gVisor: %q, %w", log, err)
@@ -190,7 +189,7 @@ func testForbiddenPods(t *testing.T, tn tenant) {
 		}
 		_, _ = try(tn.owner, "delete", "pod", "forbidden", "-n", tn.ns, "--ignore-not-found", "--wait=false", "--now")
 	})
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(tn.owner, "get", "pods", "-n", tn.ns, "-o", "name")
 		if err != nil || strings.Contains(out, "forbidden") {
 			return fmt.Errorf("there is a pod that must not be: %s, %w", out, err)
@@ -272,7 +271,7 @@ func testForbiddenTemplates(t *testing.T, tn tenant) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			tn.run(t, test.manifest)
-			eventually(t, 30*time.Second, func() error {
+			eventually(t, func() error {
 				out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector=reason=FailedCreate", "-o",
 					`jsonpath={range .items[*]}{.involvedObject.name}: {.message}{"\n"}{end}`)
 				for line := range strings.Lines(out) {
@@ -344,7 +343,7 @@ func testNodeWithoutAgent(t *testing.T, tn tenant) {
 	// An operator's pod goes there: nothing but admission keeps the tenant's away.
 	other := operatorNamespace(t, "sandbox-operator")
 	other.run(t, manifest("towards", towards))
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, func() error {
 		if got := nodeOf(other.ns, "towards"); got != node {
 			return fmt.Errorf("the operator's pod is on %q", got)
 		}
@@ -360,7 +359,7 @@ func testNodeWithoutAgent(t *testing.T, tn tenant) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			tn.run(t, manifest(name, fields))
-			eventually(t, 20*time.Second, func() error {
+			eventually(t, func() error {
 				why, err := try(tn.owner, "get", "pod", name, "-n", tn.ns, "-o", `jsonpath={.status.conditions[?(@.type=="PodScheduled")].message}`)
 				if err != nil || !strings.Contains(why, "node affinity/selector") {
 					return fmt.Errorf("the pod waits because %q, %w", why, err)

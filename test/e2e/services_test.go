@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"h8s.io/hypernetes/test/e2e/probe"
 )
@@ -123,7 +122,7 @@ func (s shop) answers(t testing.TB, from, proto, address string, times int) (who
 // settle waits until exactly these pods answer at an address, and nothing fails.
 func (s shop) settle(t testing.TB, from, proto, address string, want ...string) {
 	t.Helper()
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		who, failures := s.answers(t, from, proto, address, 24)
 		if !slices.Equal(who, want) || len(failures) > 0 {
 			return fmt.Errorf("%s %s from %s: answered by %v, want %v; failed: %v", proto, address, from, who, want, failures)
@@ -139,7 +138,7 @@ func (s shop) refusedEverywhere(t testing.TB, address string) {
 	t.Helper()
 	for _, from := range []string{"client", "two"} {
 		for proto, times := range map[string]int{"tcp": 4, "udp": 1} {
-			eventually(t, 30*time.Second, func() error {
+			eventually(t, func() error {
 				who, failures := s.answers(t, from, proto, address, times)
 				if len(who) > 0 || slices.ContainsFunc(failures, func(f string) bool { return f != "refused" }) {
 					return fmt.Errorf("%s %s from %s: answered by %v, failed with %v; want refused", proto, address, from, who, failures)
@@ -234,7 +233,7 @@ func (s shop) testNotReadyAddresses(t *testing.T) {
 	s.run(t, strings.Replace(manifest, "path: /ready", "path: /never", 1))
 	defer kubectl(t, s.owner, "delete", "pod", "unready", "-n", s.ns, "--grace-period=0", "--force")
 	var ip string
-	eventually(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		if ip = s.ip(t, "unready"); ip == "" {
 			return fmt.Errorf("the pod has no address yet")
 		}
@@ -259,7 +258,7 @@ func (s shop) testTerminating(t *testing.T) {
 	s.settle(t, "client", "http", shared, "leaving", "one")
 
 	kubectl(t, s.owner, "delete", "pod", "leaving", "-n", s.ns, "--wait=false")
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		out, err := try(s.owner, "get", "endpointslices", "-n", s.ns, "-l", "kubernetes.io/service-name=leaving", "-o", "jsonpath={.items[*].endpoints[*].conditions}")
 		if err == nil && !strings.Contains(out, `"terminating":true`) {
 			err = fmt.Errorf("the endpoint is not terminating: %s", out)
@@ -269,7 +268,7 @@ func (s shop) testTerminating(t *testing.T) {
 	s.settle(t, "client", "http", shared, "one")
 	s.settle(t, "client", "http", alone, "leaving")
 	// Gone at last, there is nobody.
-	kubectl(t, s.owner, "delete", "pod", "leaving", "-n", s.ns, "--ignore-not-found", "--grace-period=1", "--timeout=60s")
+	kubectl(t, s.owner, "delete", "pod", "leaving", "-n", s.ns, "--ignore-not-found", "--grace-period=1", "--timeout=4m")
 	s.refusedEverywhere(t, alone)
 	s.settle(t, "client", "http", shared, "one")
 }
@@ -307,7 +306,7 @@ subjects: [{kind: ServiceAccount, name: default, namespace: %s}]
 `, s.ns))
 	environment := strings.TrimSpace(mustSh(t, s.tenant, "client", "echo $KUBERNETES_SERVICE_HOST:$KUBERNETES_SERVICE_PORT"))
 	for _, host := range []string{"kubernetes.default", "kubernetes.default.svc.cluster.local", environment} {
-		eventually(t, 10*time.Second, func() error {
+		eventually(t, func() error {
 			out := get(host, pods)
 			var list struct {
 				Items []struct{ Metadata struct{ Name string } }

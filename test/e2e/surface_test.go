@@ -208,7 +208,7 @@ spec:
   - {name: c, image: %q, imagePullPolicy: Never}
 `, pod, node, ref))
 				t.Cleanup(func() { _, _ = try(admin, "delete", "pod", pod, "-n", "default", "--ignore-not-found", "--wait=false") })
-				kubectl(t, admin, "wait", "-n", "default", "--for=jsonpath={.status.phase}=Succeeded", "pod/"+pod, "--timeout=60s")
+				kubectl(t, admin, "wait", "-n", "default", "--for=jsonpath={.status.phase}=Succeeded", "pod/"+pod, "--timeout=4m")
 				if log := kubectl(t, admin, "logs", "-n", "default", pod); strings.TrimSpace(log) != "this is "+format {
 					t.Errorf("on node %s the image says %q", node, log)
 				}

@@ -74,10 +74,10 @@ func testNamespaceAdmin(t *testing.T, tn tenant) {
 	do("created", "create", "deployment", "app", "--image=localhost/agnhost:latest", "--replicas=2", "--", "/agnhost", "pause")
 	do("patched", "patch", "deployment", "app", "--type=json", "-p",
 		`[{"op":"add","path":"/spec/template/spec/containers/0/imagePullPolicy","value":"Never"},{"op":"add","path":"/spec/template/spec/terminationGracePeriodSeconds","value":1}]`)
-	do("successfully rolled out", "rollout", "status", "deployment/app", "--timeout=90s")
+	do("successfully rolled out", "rollout", "status", "deployment/app", "--timeout=4m")
 	do("scaled", "scale", "deployment/app", "--replicas=1")
 	do("restarted", "rollout", "restart", "deployment/app")
-	do("successfully rolled out", "rollout", "status", "deployment/app", "--timeout=90s")
+	do("successfully rolled out", "rollout", "status", "deployment/app", "--timeout=4m")
 	do("exposed", "expose", "deployment/app", "--port=80", "--target-port=8080")
 	do("created", "create", "configmap", "settings", "--from-literal=a=b")
 	do("created", "create", "secret", "generic", "password", "--from-literal=a=b")
@@ -98,11 +98,11 @@ func testNamespaceAdmin(t *testing.T, tn tenant) {
 
 	// A namespace of a name that the server makes, and without ceremony.
 	name := kubectl(t, tn.owner, "create", "-o", "jsonpath={.metadata.name}", "-f", manifest(t, "apiVersion: v1\nkind: Namespace\nmetadata: {generateName: tenancy-}\n"))
-	eventually(t, 10*time.Second, func() error {
+	within(t, 10*time.Second, func() error {
 		_, err := try(tn.owner, "create", "configmap", "c", "-n", name)
 		return err
 	})
-	kubectl(t, tn.owner, "delete", "namespace", name, "--timeout=60s")
+	kubectl(t, tn.owner, "delete", "namespace", name, "--timeout=4m")
 	kubectl(t, tn.owner, "get", "tenant", tn.name)
 	kubectl(t, tn.owner, "get", "network", tn.name)
 }
@@ -130,7 +130,7 @@ func testPortForward(t *testing.T, tn tenant) {
 		t.Fatalf("port-forward said %q", line)
 	}
 	client := http.Client{Timeout: 10 * time.Second}
-	eventually(t, 15*time.Second, func() error {
+	within(t, 15*time.Second, func() error {
 		resp, err := client.Get("http://" + fields[2] + "/echo?msg=through")
 		if err != nil {
 			return err
@@ -620,8 +620,8 @@ func testServiceAccount(t *testing.T, acme, globex tenant) {
 func testOperatorNamespace(t *testing.T, tn tenant) {
 	const ns = "tenancy-given"
 	apply(t, admin, fmt.Sprintf("apiVersion: v1\nkind: Namespace\nmetadata: {name: %s, labels: {h8s.io/tenant: %s}}\n", ns, tn.name))
-	defer func() { _, _ = try(admin, "delete", "namespace", ns, "--timeout=60s") }()
-	eventually(t, 15*time.Second, func() error {
+	defer func() { _, _ = try(admin, "delete", "namespace", ns, "--timeout=4m") }()
+	within(t, 15*time.Second, func() error {
 		got, err := try(admin, "get", "namespace", ns, "-o",
 			`jsonpath={.metadata.labels.h8s\.io/network} {.metadata.labels.h8s\.io/sandbox} {.metadata.labels.pod-security\.kubernetes\.io/enforce} {.metadata.annotations.h8s\.io/sandboxes}`)
 		if want := tn.name + " gvisor baseline gvisor"; got != want {
@@ -678,7 +678,7 @@ func testMembers(t *testing.T, tn, other tenant) {
 	cells := discoverCells(t, tn, other)
 	for user, role := range roles {
 		t.Run(strings.TrimPrefix(user, tn.name+"-"), func(t *testing.T) {
-			eventually(t, 10*time.Second, func() error { _, err := try(user, "get", "pods", "-n", tn.ns); return err })
+			within(t, 10*time.Second, func() error { _, err := try(user, "get", "pods", "-n", tn.ns); return err })
 			client := newAPIClient(t, user)
 			allowed := 0
 			for _, c := range cells {
@@ -704,7 +704,7 @@ func testMembers(t *testing.T, tn, other tenant) {
 	for user := range roles {
 		t.Run(strings.TrimPrefix(user, tn.name+"-")+" removed", func(t *testing.T) {
 			for _, args := range [][]string{{"get", "pods", "-n", tn.ns}, {"create", "namespace", "tenancy-x", "--dry-run=server"}, {"get", "tenant", tn.name}} {
-				eventually(t, 10*time.Second, func() error {
+				within(t, 10*time.Second, func() error {
 					out, err := try(user, args...)
 					if err == nil || !strings.Contains(err.Error(), "cannot "+args[0]) && !strings.Contains(err.Error(), "cannot list") {
 						return fmt.Errorf("may still %s: %s, %w", strings.Join(args, " "), out, err)
@@ -739,7 +739,7 @@ func testDisabledUser(t *testing.T, tn tenant) {
 	disable(true)
 	defer disable(false)
 	for _, args := range [][]string{{"get", "pods", "-n", tn.ns}, {"get", "tenant", tn.name}, {"create", "namespace", "tenancy-x"}} {
-		eventually(t, 10*time.Second, func() error {
+		within(t, 10*time.Second, func() error {
 			out, err := try(tn.owner, args...)
 			if err == nil || !strings.Contains(err.Error(), "forbidden") && !strings.Contains(err.Error(), "Forbidden") {
 				return fmt.Errorf("a disabled user: %s: %s, %w", strings.Join(args, " "), out, err)
@@ -752,7 +752,7 @@ func testDisabledUser(t *testing.T, tn tenant) {
 		t.Errorf("a kubeconfig for a disabled user: %v", err)
 	}
 	disable(false)
-	eventually(t, 10*time.Second, func() error {
+	within(t, 10*time.Second, func() error {
 		_, err := try(tn.owner, "get", "pods", "-n", tn.ns)
 		return err
 	})
@@ -770,7 +770,7 @@ func TestTenantDeletion(t *testing.T) {
 	t.Cleanup(func() { _, _ = release() })
 
 	kubectl(t, admin, "delete", "tenant", tn.name, "--wait=false")
-	eventually(t, 60*time.Second, func() error {
+	within(t, 60*time.Second, func() error {
 		message, err := try(admin, "get", "tenant", tn.name, "-o", `jsonpath={.status.conditions[?(@.type=="Deleting")].message}`)
 		if err != nil || !strings.Contains(message, tn.ns) {
 			return fmt.Errorf("condition Deleting says %q, which does not name the namespace %s: %w", message, tn.ns, err)
@@ -787,7 +787,7 @@ func TestTenantDeletion(t *testing.T) {
 	if _, err := release(); err != nil {
 		t.Fatal(err)
 	}
-	kubectl(t, admin, "wait", "--for=delete", "tenant/"+tn.name, "--timeout=60s")
+	kubectl(t, admin, "wait", "--for=delete", "tenant/"+tn.name, "--timeout=4m")
 	for _, gone := range []string{"namespace/" + tn.ns, "network/" + tn.name} {
 		if out, err := try(admin, "get", gone); err == nil {
 			t.Errorf("the tenant is gone and this is not: %s", out)

@@ -157,7 +157,7 @@ func TestSideBySide(t *testing.T) {
 		}
 		b.webs(t)
 		// kubelet may find out late that its network plugin was away for a moment.
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, func() error {
 			if out := mk("up"); out != alreadyUp {
 				return fmt.Errorf("make up once more: %s", out)
 			}
@@ -181,7 +181,7 @@ func TestSideBySide(t *testing.T) {
 	if _, err := tryInput(admin, ticker("machine", "n1", "", small), "--kubeconfig="+b.config, "apply", "-n", "acme-shop", "-f", "-"); err != nil {
 		t.Fatal(err)
 	}
-	b.kubectl(t, "wait", "-n", "acme-shop", "--for=condition=Ready", "pod/machine", "--timeout=60s")
+	b.kubectl(t, "wait", "-n", "acme-shop", "--for=condition=Ready", "pod/machine", "--timeout=4m")
 	if n := len(processesBelow("/h8s-"+name+"/", qemu)); n != 1 {
 		t.Errorf("%d virtual machines run, want 1", n)
 	}
@@ -230,7 +230,7 @@ func (b beside) webs(t testing.TB) {
 		if len(pods) != 2 {
 			t.Errorf("%s has the pods %v, want two", namespace, pods)
 		}
-		eventually(t, 20*time.Second, func() error {
+		eventually(t, func() error {
 			out, err := try(admin, "--kubeconfig="+b.config, "exec", "-n", namespace, "deploy/web", "--", "wget", "-qO-", "http://web/hostname")
 			if err == nil && !slices.Contains(pods, out) {
 				t.Errorf("in %s the Service web is answered by %q, want one of %v", namespace, out, pods)

@@ -40,7 +40,7 @@ func suites() []suite {
 		{name: "lint", argv: []string{"make", "--no-print-directory", "lint"}},
 		{name: "unit and kernel", argv: unit, goes: true},
 		{name: "gVisor shim", dir: "upstream/gvisor", argv: []string{"go", "test", "-race", "-timeout=10m", "./shim/..."}, goes: true},
-		{name: "cluster", argv: []string{"go", "test", "-timeout=40m", "./test/e2e/..."}, goes: true},
+		{name: "cluster", argv: []string{"go", "test", "-timeout=60m", "./test/e2e/..."}, goes: true},
 		{name: "hyper", argv: []string{"go", "test", "-tags=hyper", "-p=1", "-parallel=6", "-timeout=30m", "./internal/hyper/vm", "./internal/hyper/guest", "./internal/hyper/layers", "./test/hyper"}, goes: true},
 		{name: "conformance", argv: []string{"go", "test", "-tags=hyper", "-timeout=3h", "./test/conformance"}, goes: true, asked: true},
 	}
@@ -152,7 +152,11 @@ type event struct {
 	Elapsed float64
 }
 
-// count reads events, prints a line for each package and the output of each test
+// long is how many seconds a test takes that has a line of its own: whoever waits
+// sees that something moves, and later where the time went.
+const long = 5
+
+// count reads events, prints a line for each package and each long test, and the output of each test
 // that failed or was skipped, and counts leaf tests: a test that has subtests is
 // counted only if it failed without any of them failing.
 func count(r io.Reader, w io.Writer, start time.Time) totals {
@@ -202,6 +206,11 @@ func count(r io.Reader, w io.Writer, start time.Time) totals {
 				t.failures = append(t.failures, e.Package+": "+firstWords(out))
 			case e.Test == "" && e.Action == "pass":
 				fmt.Fprintf(w, "ok   %s (%.1fs)\n", e.Package, e.Elapsed)
+			case e.Test == "":
+			case e.Action == "pass" && e.Elapsed >= long && !strings.Contains(e.Test, "/"):
+				fmt.Fprintf(w, "     %s (%.0fs) [%s]\n", e.Test, e.Elapsed, elapsed(start))
+			}
+			switch {
 			case e.Test == "":
 			case e.Action == "fail" && (leaf || !childFailed[k]):
 				t.failed++
