@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 )
 
 // qemu and hyperShim are what runs on a node for each pod that is a virtual machine.
@@ -181,15 +180,24 @@ func newNodeState(node string) (hostState, error) {
 	return s, err
 }
 
-// awaitNodeState waits until a node has nothing that it had not before.
+// awaitNodeState waits until a node has nothing that it had not before, but for what
+// containers of living pods have: the cluster's own may have been started again.
 func awaitNodeState(t testing.TB, node string, before hostState) {
 	t.Helper()
-	if err := poll(60*time.Second, func() error {
+	if err := poll(patience, func() error {
 		after, err := newNodeState(node)
 		if err != nil {
 			return err
 		}
-		if left := leftovers(before, after); len(left) > 0 {
+		out, err := try(admin, "get", "pods", "-A", "-o", "jsonpath={.items[*].status..containerID}")
+		if err != nil {
+			return err
+		}
+		living := strings.Fields(strings.ReplaceAll(out, "containerd://", ""))
+		left := slices.DeleteFunc(leftovers(before, after), func(what string) bool {
+			return slices.ContainsFunc(living, func(id string) bool { return strings.Contains(what, id) })
+		})
+		if len(left) > 0 {
 			return fmt.Errorf("left on node %s:\n%s", node, strings.Join(left, "\n"))
 		}
 		return nil

@@ -24,7 +24,7 @@ import (
 
 const (
 	// diskTimeout is how long a disk may take to appear after the host has plugged it in.
-	diskTimeout = 15 * time.Second
+	diskTimeout = time.Minute
 	// diskRescan is how often is looked for a disk of which the kernel has not told.
 	diskRescan = time.Second
 	// killTimeout is how long processes that are killed may take to end.
