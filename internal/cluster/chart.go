@@ -26,10 +26,10 @@ const (
 )
 
 // chartValues are what the chart has to know about an embedded cluster, where the
-// product's image has the given tag. Tenants do not reach the machine: not at its
+// product's image has the given tag and the PEM ca signs for the webhooks. Tenants do not reach the machine: not at its
 // address on the bridge, which is of the cluster's own network, nor at its other
 // addresses, nor clusters beside this one.
-func chartValues(c *Config, machine []netip.Prefix, tag string) map[string]any {
+func chartValues(c *Config, machine []netip.Prefix, tag, ca string) map[string]any {
 	type object = map[string]any
 	denied := []string{subnets.String()}
 	for _, address := range machine {
@@ -43,6 +43,7 @@ func chartValues(c *Config, machine []netip.Prefix, tag string) map[string]any {
 		"serviceCIDRs":        []string{serviceCIDR},
 		"podCIDRs":            []string{podCIDR},
 		"image":               object{"repository": "localhost/h8s", "tag": tag, "pullPolicy": "Never"},
+		"webhooks":            object{"clusterIP": webhooksService, "tls": object{"secret": webhooksSecret, "ca": ca}},
 		"node":                object{"apiServer": object{"host": c.Nodes[0].Address.String(), "port": apiPort}},
 	}
 }
@@ -55,7 +56,11 @@ func valuesFor(c *Config, tag string) ([]byte, error) {
 		return nil, fmt.Errorf("list the machine's addresses: %w", err)
 	}
 	slices.SortFunc(machine, netip.Prefix.Compare)
-	return yaml.Marshal(chartValues(c, machine, tag))
+	p, err := ensurePKI(c.state().pki(), c, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	return yaml.Marshal(chartValues(c, machine, tag, string(p.pairs[clusterCA].cert)))
 }
 
 // chartDir finds the chart: beside bin in a checkout.
@@ -84,6 +89,13 @@ func (b *bringUp) installChart(ctx context.Context) error {
 		return err
 	}
 	if err := b.forgetInterrupted(ctx); err != nil {
+		return err
+	}
+	p, err := ensurePKI(b.state().pki(), b.Config, time.Now())
+	if err != nil {
+		return err
+	}
+	if err := b.ensureWebhooksSecret(ctx, p); err != nil {
 		return err
 	}
 	log, err := openLog(b.state().path("log", "helm.log"))

@@ -72,6 +72,7 @@ func certSpecs(c *Config) []certSpec {
 		{name: "kube-controller-manager", ca: clusterCA, cn: "system:kube-controller-manager", client: true},
 		{name: "kube-scheduler", ca: clusterCA, cn: "system:kube-scheduler", client: true},
 		{name: "kube-proxy", ca: clusterCA, cn: "system:kube-proxy", client: true},
+		{name: webhooksCert, ca: clusterCA, cn: "h8s-controller", server: true, dns: []string{webhooksHost}},
 	}
 	for _, n := range c.Nodes {
 		specs = append(specs,

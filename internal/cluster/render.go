@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 
+	"h8s.io/hypernetes/deploy/apiserver"
 	"h8s.io/hypernetes/internal/hyper/install"
 )
 
@@ -72,6 +73,13 @@ func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
 				file{"kubernetes/pki/" + name + ".crt", 0o644, p.pairs[name].cert},
 				file{"kubernetes/pki/" + name + ".key", 0o600, p.pairs[name].key})
 		}
+		webhooks, err := webhooksKubeconfig(p)
+		if err != nil {
+			return nil, err
+		}
+		files = append(files,
+			file{"kubernetes/authorization.yaml", 0o644, apiserver.Authorization},
+			file{strings.TrimPrefix(apiserver.WebhooksKubeconfig, "/etc/"), 0o600, webhooks})
 		files = append(files,
 			file{"kubernetes/pki/sa.pub", 0o644, p.saPub},
 			file{"kubernetes/pki/sa.key", 0o600, p.saKey})
@@ -171,7 +179,7 @@ func controlPlane(c *Config, n Node) []program {
 				"--service-account-key-file=" + pki("sa.pub"),
 				"--service-account-signing-key-file=" + pki("sa.key"),
 				"--service-cluster-ip-range=" + serviceCIDR,
-				"--authorization-mode=Node,RBAC",
+				"--authorization-config=" + conf("authorization.yaml"),
 				"--enable-admission-plugins=NodeRestriction",
 				"--allow-privileged=true",
 			},

@@ -6,6 +6,7 @@ package controller
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -103,6 +104,7 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 	server.Register("/mutate-namespace", &admission.Webhook{Handler: &namespaceWebhook{objects, decoder}})
 	server.Register("/validate-namespace", &admission.Webhook{Handler: newQuotaWebhook(objects, decoder)})
 	server.Register("/validate-network", &admission.Webhook{Handler: &networkWebhook{objects, infrastructure, decoder}})
+	server.Register(AuthorizePath, &authorizer{mgr.GetClient()})
 	return nil
 }
 
@@ -139,12 +141,19 @@ func (o objects) remove(ctx context.Context, obj client.Object) error {
 	return client.IgnoreNotFound(o.Delete(ctx, obj, client.Preconditions{UID: &uid}))
 }
 
-// hold adds our finalizer.
-func (o objects) hold(ctx context.Context, obj client.Object) error {
+// hold adds our finalizer and the label of the tenant, by which its members find the object.
+func (o objects) hold(ctx context.Context, obj client.Object, tenant string) error {
 	before := obj.DeepCopyObject().(client.Object)
-	if !controllerutil.AddFinalizer(obj, v1alpha1.Finalizer) {
+	added := controllerutil.AddFinalizer(obj, v1alpha1.Finalizer)
+	if !added && obj.GetLabels()[v1alpha1.LabelTenant] == tenant {
 		return nil
 	}
+	all := maps.Clone(obj.GetLabels())
+	if all == nil {
+		all = map[string]string{}
+	}
+	all[v1alpha1.LabelTenant] = tenant
+	obj.SetLabels(all)
 	return o.Patch(ctx, obj, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{}))
 }
 

@@ -25,6 +25,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 	"k8s.io/utils/ptr"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -32,6 +34,7 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/deploy/apiserver"
 )
 
 const (
@@ -93,9 +96,17 @@ func start(ctx context.Context) (stop func() error, err error) {
 	if cluster.scheme, err = NewScheme(); err != nil {
 		return stop, err
 	}
+	hooks := &envtest.WebhookInstallOptions{}
+	if err := hooks.PrepWithoutInstalling(); err != nil {
+		return stop, err
+	}
+	stops = append(stops, hooks.Cleanup)
 	cluster.env = &envtest.Environment{BinaryAssetsDirectory: bin, ControlPlaneStopTimeout: time.Minute}
 	apiServer := cluster.env.ControlPlane.GetAPIServer()
 	apiServer.Configure().Disable("disable-admission-plugins").Set("service-cluster-ip-range", "10.96.0.0/16")
+	if err := configureAuthorization(apiServer, hooks); err != nil {
+		return stop, err
+	}
 	config, err := cluster.env.Start()
 	if err != nil {
 		return stop, fmt.Errorf("start etcd and kube-apiserver of %s (`make upstream` builds them): %w", bin, err)
@@ -111,11 +122,6 @@ func start(ctx context.Context) (stop func() error, err error) {
 	}
 	stops = append(stops, stopKCM)
 
-	hooks := &envtest.WebhookInstallOptions{}
-	if err := hooks.PrepWithoutInstalling(); err != nil {
-		return stop, err
-	}
-	stops = append(stops, hooks.Cleanup)
 	if err := installChart(ctx, bin, filepath.Join(root, "deploy/h8s"), hooks); err != nil {
 		return stop, err
 	}
@@ -125,6 +131,28 @@ func start(ctx context.Context) (stop func() error, err error) {
 	}
 	stops = append(stops, stopManager)
 	return stop, awaitPolicies(ctx)
+}
+
+// configureAuthorization gives the API server the AuthorizationConfiguration that
+// the documentation tells to give it, leading to this process: it starts before
+// there is anybody who answers, as on a real cluster.
+func configureAuthorization(apiServer *envtest.APIServer, hooks *envtest.WebhookInstallOptions) error {
+	kubeconfig := clientcmdapi.NewConfig()
+	kubeconfig.Clusters["h8s"] = &clientcmdapi.Cluster{
+		Server: fmt.Sprintf("https://%s:%d%s", hooks.LocalServingHost, hooks.LocalServingPort, AuthorizePath), CertificateAuthorityData: hooks.LocalServingCAData,
+	}
+	kubeconfig.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
+	kubeconfig.CurrentContext = "h8s"
+	kubeconfigFile, configFile := filepath.Join(hooks.LocalServingCertDir, "kubeconfig"), filepath.Join(hooks.LocalServingCertDir, "authorization.yaml")
+	if err := clientcmd.WriteToFile(*kubeconfig, kubeconfigFile); err != nil {
+		return err
+	}
+	config := bytes.ReplaceAll(apiserver.Authorization, []byte(apiserver.WebhooksKubeconfig), []byte(kubeconfigFile))
+	if err := os.WriteFile(configFile, config, 0o600); err != nil {
+		return err
+	}
+	apiServer.Configure().Disable("authorization-mode").Set("authorization-config", configFile)
+	return nil
 }
 
 // startControllerManager runs Kubernetes' own controllers: they aggregate the

@@ -126,8 +126,8 @@ func (r *networkReconciler) Reconcile(ctx context.Context, req reconcile.Request
 }
 
 func (r *networkReconciler) ensure(ctx context.Context, n *v1alpha1.Network) error {
-	if err := r.hold(ctx, n); err != nil {
-		return fmt.Errorf("add the finalizer: %w", err)
+	if err := r.hold(ctx, n, n.Spec.Tenant); err != nil {
+		return fmt.Errorf("add finalizer and label: %w", err)
 	}
 	before := n.DeepCopy()
 	if n.Status.ID == 0 {

@@ -62,8 +62,8 @@ func (r *tenantReconciler) Reconcile(ctx context.Context, req reconcile.Request)
 }
 
 func (r *tenantReconciler) ensure(ctx context.Context, t *v1alpha1.Tenant) error {
-	if err := r.hold(ctx, t); err != nil {
-		return fmt.Errorf("add the finalizer: %w", err)
+	if err := r.hold(ctx, t, t.Name); err != nil {
+		return fmt.Errorf("add finalizer and label: %w", err)
 	}
 	before := t.DeepCopy()
 	disabled, err := r.disabled(ctx)

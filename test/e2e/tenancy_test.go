@@ -105,6 +105,18 @@ func testNamespaceAdmin(t *testing.T, tn tenant) {
 	kubectl(t, tn.owner, "delete", "namespace", name, "--timeout=4m")
 	kubectl(t, tn.owner, "get", "tenant", tn.name)
 	kubectl(t, tn.owner, "get", "network", tn.name)
+	testLists(t, tn)
+}
+
+// testLists lists what is the tenant's by its label, which the API server asks the controller about.
+func testLists(t *testing.T, tn tenant) {
+	for what, want := range map[string]string{"namespaces": tn.ns, "networks": tn.name, "tenants": tn.name} {
+		if got := kubectl(t, tn.owner, "get", what, "-l", "h8s.io/tenant="+tn.name, "-o", "jsonpath={.items[*].metadata.name}"); !slices.Contains(strings.Fields(got), want) {
+			t.Errorf("%s by label: %q, want %s among them", what, got, want)
+		}
+		refused(t, tn.owner, "", "you may list, with -l 'h8s.io/tenant="+tn.name+"'", "get", what)
+		refused(t, tn.owner, "", "cannot list", "get", what, "-l", "h8s.io/tenant!="+tn.name)
+	}
 }
 
 func testPortForward(t *testing.T, tn tenant) {

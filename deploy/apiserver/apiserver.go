@@ -1,0 +1,14 @@
+// Package apiserver has the files that the API server of a cluster with Hypernetes
+// reads. docs/operations.md says where they go.
+package apiserver
+
+import _ "embed"
+
+// Authorization is the AuthorizationConfiguration (apiserver.config.k8s.io/v1).
+//
+//go:embed authorization.yaml
+var Authorization []byte
+
+// WebhooksKubeconfig is the path, on a machine of the control plane, of the
+// kubeconfig by which the API server reaches h8s-controller.
+const WebhooksKubeconfig = "/etc/kubernetes/h8s-webhooks.kubeconfig"

@@ -1,0 +1,64 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+)
+
+// The API server is told at its start how to reach the controller's authorization
+// webhook, long before there is a controller. So address and certificate are
+// settled here, and the chart gets both: a Service with this address, a Secret of
+// this name.
+const (
+	webhooksService = "10.96.0.11"
+	webhooksHost    = "h8s-controller." + productNamespace + ".svc"
+	webhooksSecret  = "h8s-webhooks"
+	webhooksCert    = "h8s-controller"
+	authorizePath   = "/authorize"
+)
+
+// webhooksKubeconfig leads the API server to the authorization webhook.
+func webhooksKubeconfig(p *pki) ([]byte, error) {
+	conf := clientcmdapi.NewConfig()
+	conf.Clusters["h8s"] = &clientcmdapi.Cluster{
+		Server: "https://" + webhooksService + authorizePath, TLSServerName: webhooksHost, CertificateAuthorityData: p.pairs[clusterCA].cert,
+	}
+	conf.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
+	conf.CurrentContext = "h8s"
+	data, err := clientcmd.Write(*conf)
+	if err != nil {
+		return nil, fmt.Errorf("render the kubeconfig of the webhooks: %w", err)
+	}
+	return data, nil
+}
+
+// ensureWebhooksSecret puts the certificate into the cluster, for the chart.
+func (b *bringUp) ensureWebhooksSecret(ctx context.Context, p *pki) error {
+	operator, err := b.objectClient()
+	if err != nil {
+		return err
+	}
+	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: productNamespace}}
+	if err := operator.Create(ctx, namespace); err != nil && !apierrors.IsAlreadyExists(err) {
+		return fmt.Errorf("make the namespace %s: %w", productNamespace, err)
+	}
+	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: productNamespace, Name: webhooksSecret}}
+	secret.Type = corev1.SecretTypeTLS // cannot be changed later
+	_, err = controllerutil.CreateOrUpdate(ctx, operator, secret, func() error {
+		pair := p.pairs[webhooksCert]
+		secret.Data = map[string][]byte{corev1.TLSCertKey: pair.cert, corev1.TLSPrivateKeyKey: pair.key}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("write the Secret %s: %w", client.ObjectKeyFromObject(secret), err)
+	}
+	return nil
+}
