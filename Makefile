@@ -36,7 +36,10 @@ DPKG := $(wildcard /var/lib/dpkg/status)
 step = @./build/step.sh '$(1)' '$(BIN)/log/$(subst /,-,$(subst $() $(),-,$(1))).log' "$(2)"
 gobuild = CGO_ENABLED=0 go build -buildvcs=false -trimpath
 
-.PHONY: build up down test test-hyper e2e-hyper e2e-programs bench bench-hyper lint generate deps upstream ours hyper images clean
+# Where the plugin's archive will be found, for krew.
+KREW_URI ?= file://$(BIN)/krew/h8s-linux-amd64.tar.gz
+
+.PHONY: krew build up down test test-hyper e2e-hyper e2e-programs bench bench-hyper lint generate deps upstream ours hyper images clean
 
 build: deps upstream ours hyper images ## everything, into bin/
 
@@ -111,6 +114,10 @@ ifneq ($(VERSION),$(file <$(BIN)/.version))
 endif
 $(BIN)/.version:
 	@mkdir -p $(BIN) && echo '$(VERSION)' >$@
+
+krew: $(BIN)/h8s ## the kubectl plugin and its manifest for krew, into bin/krew/
+	@mkdir -p $(BIN)/krew && tar -czf $(BIN)/krew/h8s-linux-amd64.tar.gz -C $(BIN) h8s -C $(CURDIR) LICENSE
+	@sed -e 's|@VERSION@|v0.0.0-$(VERSION)|' -e 's|@URI@|$(KREW_URI)|' -e "s|@SHA256@|$$(sha256sum $(BIN)/krew/h8s-linux-amd64.tar.gz | cut -d' ' -f1)|" deploy/krew/h8s.yaml >$(BIN)/krew/h8s.yaml
 
 images: $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) ## container images, as archives in bin/images
 

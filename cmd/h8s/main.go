@@ -1,5 +1,5 @@
 // Command h8s does what kubectl cannot: it makes and removes embedded clusters,
-// makes kubeconfigs for Users and examines the machine.
+// makes kubeconfigs for Users, lists what is one's own and examines the machine.
 package main
 
 import (
@@ -45,11 +45,13 @@ func newRoot() *cobra.Command {
 		Short:         "Hypernetes: one Kubernetes for tenants who do not trust each other",
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: displayName(os.Args[0])},
 	}
 	root.AddCommand(
 		newUp(), newDown(), newStatus(), newKubeconfig(), newImage(), newDoctor(), newVersion(),
 		newSupervise(), newNodeInit(),
 	)
+	root.AddCommand(newMine()...)
 	return root
 }
 

@@ -117,6 +117,18 @@ func testLists(t *testing.T, tn tenant) {
 		refused(t, tn.owner, "", "you may list, with -l 'h8s.io/tenant="+tn.name+"'", "get", what)
 		refused(t, tn.owner, "", "cannot list", "get", what, "-l", "h8s.io/tenant!="+tn.name)
 	}
+	// And the kubectl plugin, which is h8s by another name.
+	plugins := t.TempDir()
+	if err := os.Symlink(filepath.Join(cluster.bin, "h8s"), filepath.Join(plugins, "kubectl-h8s")); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, filepath.Join(cluster.bin, "kubectl"), "h8s", "ns", "-o", "name")
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+kubeconfigPath(tn.owner), "PATH="+plugins+":"+cluster.bin)
+	if out, err := cmd.CombinedOutput(); err != nil || !slices.Contains(strings.Fields(string(out)), "namespace/"+tn.ns) {
+		t.Errorf("kubectl h8s ns: %v: %s", err, out)
+	}
 }
 
 func testPortForward(t *testing.T, tn tenant) {
