@@ -165,9 +165,10 @@ lint: $(BIN)/golangci-lint
 	@$(BIN)/golangci-lint run ./...
 	@cd upstream/gvisor && $(BIN)/golangci-lint run ./shim/...
 
-generate: ## deepcopy and CRDs from api/
+generate: $(BIN)/etcd $(BIN)/kube-apiserver $(BIN)/kube-controller-manager $(BIN)/helm ## deepcopy and CRDs from api/, docs/roles.md from a live API server
 	@go tool controller-gen object paths=./api/...
 	@go tool controller-gen crd paths=./api/... output:crd:dir=deploy/h8s/templates/crds
+	@go test -count=1 ./internal/controller -run 'TestAccessMatrix$$' -update
 
 clean:
 	rm -rf $(BIN)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -26,7 +27,7 @@ import (
 	"h8s.io/hypernetes/api/v1alpha1"
 )
 
-var update = flag.Bool("update", false, "write testdata/access.txt anew")
+var update = flag.Bool("update", false, "write docs/roles.md anew")
 
 var verbs = []string{"get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"}
 
@@ -106,8 +107,8 @@ func allowed(t *testing.T, api kubernetes.Interface, user, verb, namespace, name
 }
 
 // What the people of tenant access-acme may do, for every verb and resource that
-// the API server has: in their own namespace (kept in testdata/access.txt, to be
-// read), in the namespace of access-globex (nothing), outside namespaces (a short list).
+// the API server has: in their own namespace, in the namespace of access-globex
+// (nothing), and outside namespaces (a short list). docs/roles.md is written from it.
 func TestAccessMatrix(t *testing.T) {
 	ctx := t.Context()
 	people := []person{{"access-olga", v1alpha1.RoleOwner}, {"access-adam", v1alpha1.RoleAdmin}, {"access-eve", v1alpha1.RoleEdit}, {"access-vera", v1alpha1.RoleView}}
@@ -126,17 +127,14 @@ func TestAccessMatrix(t *testing.T) {
 	resources := apiResources(t)
 	special := []string{"impersonate", "bind", "escalate", "approve", "sign"}
 
+	var own strings.Builder
 	t.Run("own namespace", func(t *testing.T) {
-		var matrix strings.Builder
-		fmt.Fprintln(&matrix, "# What a member may do in a namespace of the tenant, by role. read: get list watch; write: create update patch")
-		fmt.Fprintln(&matrix, "# delete deletecollection. Written by `go test ./internal/controller -run AccessMatrix -update`.")
-		fmt.Fprintf(&matrix, "\n%-50s %-24s %-24s %-24s %s\n", "", "owner", "admin", "edit", "view")
 		var closed []string
 		for _, r := range resources {
 			if !r.namespaced {
 				continue
 			}
-			line, open := fmt.Sprintf("%-50s", r), false
+			cells, open := []string{r.String()}, false
 			for _, p := range people {
 				var may []string
 				for _, verb := range append(slices.Clone(verbs), "impersonate") {
@@ -145,31 +143,15 @@ func TestAccessMatrix(t *testing.T) {
 						open = true
 					}
 				}
-				short := strings.Join(may, " ")
-				short = strings.Replace(short, strings.Join(verbs[:3], " "), "read", 1)
-				short = strings.Replace(short, strings.Join(verbs[3:], " "), "write", 1)
-				line += fmt.Sprintf(" %-24s", cmp.Or(short, "-"))
+				cells = append(cells, short(may))
 			}
 			if !open {
 				closed = append(closed, r.String())
 				continue
 			}
-			fmt.Fprintln(&matrix, strings.TrimRight(line, " "))
+			row(&own, cells...)
 		}
-		fmt.Fprintf(&matrix, "\nclosed to all of them: %s\n", strings.Join(closed, ", "))
-		const golden = "testdata/access.txt"
-		if *update {
-			if err := os.WriteFile(golden, []byte(matrix.String()), 0o644); err != nil { //nolint:gosec // to be read by all
-				t.Fatal(err)
-			}
-		}
-		want, err := os.ReadFile(golden)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if diff := gocmp.Diff(string(want), matrix.String()); diff != "" {
-			t.Errorf("access has changed; if that is meant, run with -update:\n%s", diff)
-		}
+		fmt.Fprintf(&own, "\nClosed to all of them: %s.\n", strings.Join(closed, ", "))
 	})
 
 	t.Run("another tenant's namespace", func(t *testing.T) {
@@ -187,6 +169,7 @@ func TestAccessMatrix(t *testing.T) {
 		}
 	})
 
+	may := map[string]map[v1alpha1.Role][]string{} // outside namespaces: verbs, by what and role
 	t.Run("outside namespaces", func(t *testing.T) {
 		// What each may on a resource, by name where it has one.
 		creators := []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin}
@@ -231,8 +214,12 @@ func TestAccessMatrix(t *testing.T) {
 						if r.Resource == "namespaces" { // the API server authorizes it as inside itself
 							inside = name
 						}
-						if got := allowed(t, api, p.name, verb, inside, name, r); got != want {
+						got := allowed(t, api, p.name, verb, inside, name, r)
+						if got != want {
 							t.Errorf("%s may %s: %t, want %t", p.role, what, got, want)
+						}
+						if got {
+							note(may, strings.TrimSpace(strings.TrimPrefix(what, verb)), p.role, verb)
 						}
 					}
 				}
@@ -255,7 +242,124 @@ func TestAccessMatrix(t *testing.T) {
 	})
 
 	t.Run("requests", func(t *testing.T) { requests(ctx, t, resources) })
+
+	t.Run("lists", func(t *testing.T) {
+		for _, r := range resources {
+			if r.namespaced || r.subresource != "" {
+				continue
+			}
+			for _, p := range people {
+				for _, verb := range verbs {
+					anyhow := selects(t, api, p.name, verb, "", r)
+					want := anyhow || (verb == "list" || verb == "watch") && slices.Contains([]string{"namespaces", "tenants.h8s.io", "networks.h8s.io"}, r.String())
+					got := selects(t, api, p.name, verb, "access-acme", r)
+					if got != want {
+						t.Errorf("%s may %s %s by label: %t, want %t", p.role, verb, r, got, want)
+					}
+					if got && !anyhow {
+						note(may, r.String()+" -l h8s.io/tenant=access-acme", p.role, verb)
+					}
+					if others := selects(t, api, p.name, verb, "access-globex", r); others != anyhow {
+						t.Errorf("%s may %s %s of another tenant by label", p.role, verb, r)
+					}
+				}
+			}
+		}
+	})
+
+	var outside strings.Builder
+	for _, what := range slices.Sorted(maps.Keys(may)) {
+		cells := []string{strings.NewReplacer("access-acme", "TENANT", "access-a", "NAMESPACE").Replace(what)}
+		for _, p := range people {
+			cells = append(cells, short(slices.Compact(may[what][p.role])))
+		}
+		row(&outside, cells...)
+	}
+	documentRoles(t, outside.String(), own.String())
 }
+
+// short abbreviates verbs as docs/roles.md says.
+func short(may []string) string {
+	s := strings.Join(may, " ")
+	s = strings.Replace(s, strings.Join(verbs[:3], " "), "read", 1)
+	s = strings.Replace(s, strings.Join(verbs[3:], " "), "write", 1)
+	return cmp.Or(s, "-")
+}
+
+func row(w *strings.Builder, cells ...string) {
+	fmt.Fprintf(w, "| %s |\n", strings.Join(cells, " | "))
+}
+
+func note(may map[string]map[v1alpha1.Role][]string, what string, role v1alpha1.Role, verb string) {
+	if may[what] == nil {
+		may[what] = map[v1alpha1.Role][]string{}
+	}
+	may[what][role] = append(may[what][role], verb)
+}
+
+// selects asks whether the user may, with a selector of the tenant's objects; of
+// any objects if tenant is empty.
+func selects(t *testing.T, api kubernetes.Interface, user, verb, tenant string, r apiResource) bool {
+	t.Helper()
+	attributes := &authorizationv1.ResourceAttributes{Verb: verb, Group: r.Group, Version: r.Version, Resource: r.Resource}
+	if tenant != "" {
+		attributes.LabelSelector = &authorizationv1.LabelSelectorAttributes{Requirements: []metav1.LabelSelectorRequirement{
+			{Key: v1alpha1.LabelTenant, Operator: metav1.LabelSelectorOpIn, Values: []string{tenant}},
+		}}
+	}
+	review, err := api.AuthorizationV1().SubjectAccessReviews().Create(t.Context(), &authorizationv1.SubjectAccessReview{
+		Spec: authorizationv1.SubjectAccessReviewSpec{User: user, Groups: []string{"system:authenticated"}, ResourceAttributes: attributes},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return review.Status.Allowed
+}
+
+// documentRoles compares docs/roles.md with what the API server has answered.
+func documentRoles(t *testing.T, outside, own string) {
+	t.Helper()
+	const head = "| | owner | admin | edit | view |\n|---|---|---|---|---|\n"
+	text := "# Roles\n\n" + rolesIntroduction + "\n## In a namespace of the tenant\n\n" + head + own + "\n" + rolesAdmission +
+		"\n## Outside namespaces\n\n" + head + outside + "\n" + rolesOutside
+	const file = "../../docs/roles.md"
+	if *update {
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil { //nolint:gosec // to be read by all
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := gocmp.Diff(string(want), text); diff != "" {
+		t.Errorf("access has changed; if that is meant, run make generate:\n%s", diff)
+	}
+}
+
+// The words of docs/roles.md, which the test writes whole.
+const (
+	rolesIntroduction = `What a member of a Tenant may do, by ` + "`spec.members[].role`" + `: each line was asked of a real API server, for every resource and verb that it knows, with the chart's
+roles and Kubernetes' own controllers at work. ` + "`make generate`" + ` writes this page, and a test fails when it is no longer true.
+
+*read* is get, list and watch; *write* is create, update, patch, delete and deletecollection. The roles admin, edit and view are Kubernetes' own aggregated ClusterRoles: what an operator's
+CRDs add to those by aggregation, members get too. An owner has what an admin has.
+`
+	rolesAdmission = `Admission takes some of it away again, whatever the role:
+
+| | |
+|---|---|
+| pods/proxy, services/proxy | refused (policy h8s-proxy): the API server would dial an address of the tenant's from a node |
+| rolebindings | may name ServiceAccounts of the tenant's own namespaces only; those called ` + "`h8s:…`" + ` are the controller's (policy h8s-rolebinding) |
+| roles, rolebindings | give no more than the giver has (Kubernetes) |
+| pods, and whatever makes pods | Pod Security baseline; sandbox, Network and node are not theirs to choose (policy h8s-pod) |
+| services | no externalIPs, no other proxy (policy h8s-service) |
+`
+	rolesOutside = `TENANT, NAMESPACE: the member's own. A list by name is one with ` + "`--field-selector metadata.name=…`" + `, as ` + "`kubectl wait`" + ` makes it; one by label needs an API server that asks
+h8s-controller ([operations](operations.md#members-list-what-is-theirs)). A namespace that is created is put into the tenant, and counted, by admission. All else, of other tenants and of
+the cluster, is closed.
+`
+)
 
 // requests sends what the matrix asked about, with an owner's certificate: every
 // verb of every resource, against another tenant and the cluster. All must be
