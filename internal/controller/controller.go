@@ -12,6 +12,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	flowcontrolv1 "k8s.io/api/flowcontrol/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
@@ -65,6 +66,7 @@ func CacheOptions() cache.Options {
 			&rbacv1.ClusterRole{}:        ours,
 			&rbacv1.ClusterRoleBinding{}: ours,
 			&corev1.ResourceQuota{}:      ours,
+			&flowcontrolv1.FlowSchema{}:  ours,
 			&corev1.Pod{}: {Transform: func(obj any) (any, error) {
 				if pod, ok := obj.(*corev1.Pod); ok {
 					return &corev1.Pod{

@@ -9,14 +9,17 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	flowcontrolv1 "k8s.io/api/flowcontrol/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"h8s.io/hypernetes/api/v1alpha1"
@@ -36,6 +39,7 @@ func (r *tenantReconciler) setup(mgr ctrl.Manager) error {
 		Watches(&rbacv1.ClusterRole{}, byLabel).
 		Watches(&rbacv1.ClusterRoleBinding{}, byLabel).
 		Watches(&corev1.ResourceQuota{}, byLabel).
+		Watches(&flowcontrolv1.FlowSchema{}, byLabel, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&v1alpha1.Network{}, handler.EnqueueRequestsFromMapFunc(func(_ context.Context, obj client.Object) []reconcile.Request {
 			return []reconcile.Request{request(obj.(*v1alpha1.Network).Spec.Tenant)}
 		})).
@@ -79,6 +83,9 @@ func (r *tenantReconciler) ensure(ctx context.Context, t *v1alpha1.Tenant) error
 		return err
 	}
 	if err := r.ensureRoles(ctx, t, names(namespaces.Items, namespaceName), disabled); err != nil {
+		return err
+	}
+	if err := r.ensureFlow(ctx, t, names(namespaces.Items, namespaceName), disabled); err != nil {
 		return err
 	}
 	membersReady, err := r.membersReady(ctx, t, namespaces.Items, disabled)
@@ -294,6 +301,9 @@ func (r *tenantReconciler) finalize(ctx context.Context, t *v1alpha1.Tenant) err
 		if err := client.IgnoreNotFound(r.Delete(ctx, obj)); err != nil {
 			return fmt.Errorf("delete %s: %w", obj.GetName(), err)
 		}
+	}
+	if err := r.removeFlow(ctx, t.Name); err != nil {
+		return err
 	}
 	return r.release(ctx, t)
 }
