@@ -23,7 +23,8 @@ OURS := h8s h8s-controller h8s-node h8s-cni
 IMAGES := pause busybox agnhost h8s
 
 PACKAGES := gcc libc6-dev libseccomp-dev pkg-config nftables iproute2 kmod procps util-linux mount busybox-static conntrack ca-certificates \
-	qemu-system-x86 qemu-utils erofs-utils binutils
+	qemu-system-x86 qemu-utils erofs-utils binutils \
+	python3-keystone uwsgi-core uwsgi-plugin-python3
 
 # What our programs are made from. VERSION is in them, and therefore in a file that
 # changes with it.

@@ -1,0 +1,145 @@
+package keystone
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// login asks for a token, and returns Keystone's status and the token.
+func login(t *testing.T, s *Server, password string) (int, string) {
+	t.Helper()
+	body := fmt.Sprintf(`{"auth": {"identity": {"methods": ["password"], "password": {"user": {"name": %q, "domain": {"name": "Default"}, "password": %q}}},
+		"scope": {"project": {"name": "admin", "domain": {"name": "Default"}}}}}`, AdminUser, password)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.URL()+"/auth/tokens", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	return resp.StatusCode, resp.Header.Get("X-Subject-Token")
+}
+
+// processes are those whose user is this Keystone's and that run in its directory.
+func processes(t *testing.T, s *Server) []string {
+	t.Helper()
+	links, err := filepath.Glob("/proc/[0-9]*/cwd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.DeleteFunc(links, func(link string) bool {
+		dir, err := os.Readlink(link)
+		return err != nil || dir != s.opts.Dir
+	})
+}
+
+func TestServer(t *testing.T) {
+	s, err := StartServer(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := false
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil && !closed {
+			t.Error(err)
+		}
+	})
+	if status, _ := login(t, s, "wrong"); status != http.StatusUnauthorized {
+		t.Errorf("a wrong password: status %d", status)
+	}
+	status, token := login(t, s, s.AdminPassword())
+	if status != http.StatusCreated || token == "" {
+		t.Fatalf("the administrator's login: status %d", status)
+	}
+	if cloud := s.AdminCloud("test"); !bytes.Contains(cloud, []byte(s.URL())) || !bytes.Contains(cloud, []byte(s.AdminPassword())) {
+		t.Errorf("clouds.yaml is not of this Keystone:\n%s", cloud)
+	}
+	running := processes(t, s)
+	if len(running) != 1 {
+		t.Fatalf("processes %v, want one", running)
+	}
+	info, err := os.Stat(filepath.Dir(running[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if uid := info.Sys().(*syscall.Stat_t).Uid; uid == 0 {
+		t.Error("Keystone runs as root")
+	}
+	if dir, err := os.Stat(s.opts.Dir); err != nil || dir.Mode().Perm() != 0o700 {
+		t.Errorf("others get at Keystone's keys: %v, %v", dir.Mode(), err)
+	}
+
+	s.Stop()
+	s.Stop()
+	if conn, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", s.opts.Address.String()); err == nil {
+		_ = conn.Close()
+		t.Error("a stopped Keystone accepts connections")
+	}
+	if left := processes(t, s); len(left) > 0 {
+		t.Errorf("a stopped Keystone has processes %v", left)
+	}
+
+	// The same directory again: what was is still there.
+	again, err := Prepare(t.Context(), Options{Dir: s.opts.Dir, Address: s.opts.Address})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again.AdminPassword() != s.AdminPassword() {
+		t.Error("the administrator has another password")
+	}
+	if err := s.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, s.URL()+"/auth/tokens", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-Auth-Token", token)
+	req.Header.Set("X-Subject-Token", token)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		t.Errorf("a token from before the restart: %s", resp.Status)
+	}
+
+	// One whose port is taken says so.
+	err = again.Run(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "address already in use") {
+		t.Errorf("a second Keystone at the same address: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	closed = true
+	if _, err := os.Stat(s.opts.Dir); !os.IsNotExist(err) {
+		t.Errorf("files are left: %v", err)
+	}
+}
+
+// TestPackages: what the Makefile installs is what an error tells to install.
+func TestPackages(t *testing.T) {
+	data, err := os.ReadFile("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := strings.Fields(string(data))
+	for _, p := range Packages {
+		if !slices.Contains(words, p) {
+			t.Errorf("the Makefile does not install %s", p)
+		}
+	}
+}
