@@ -135,6 +135,11 @@ func (k *Keystone) AdminPassword() string { return k.password }
 // AdminCloud is the administrator's clouds.yaml, with one cloud of the given name.
 // See https://docs.openstack.org/openstacksdk/latest/user/config/configuration.html.
 func (k *Keystone) AdminCloud(cloud string) []byte {
+	return k.clouds(cloud, AdminUser, k.password, AdminUser)
+}
+
+// clouds is the clouds.yaml of a user of the domain Default.
+func (k *Keystone) clouds(cloud, user, password, project string) []byte {
 	return fmt.Appendf(nil, `clouds:
   %s:
     auth:
@@ -146,7 +151,7 @@ func (k *Keystone) AdminCloud(cloud string) []byte {
       project_domain_name: %s
     region_name: %s
     identity_api_version: 3
-`, cloud, k.URL(), AdminUser, k.password, AdminUser, defaultDomain, defaultDomain, Region)
+`, cloud, k.URL(), user, password, project, defaultDomain, defaultDomain, Region)
 }
 
 func (k *Keystone) path(elem ...string) string {
@@ -195,13 +200,10 @@ key_repository = %s
 			}
 		}
 	}
-	secret := make([]byte, 16)
-	_, _ = rand.Read(secret)
-	password, err := ensureFile(k.path("admin-password"), hex.EncodeToString(secret))
-	if err != nil {
+	var err error
+	if k.password, err = k.ensurePassword(AdminUser); err != nil {
 		return err
 	}
-	k.password = password
 	log, err := os.OpenFile(k.Log(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
@@ -218,6 +220,13 @@ key_repository = %s
 		}
 		return os.Lchown(path, k.uid, k.uid)
 	})
+}
+
+// ensurePassword is a random one, made when it is first asked for.
+func (k *Keystone) ensurePassword(user string) (string, error) {
+	secret := make([]byte, 16)
+	_, _ = rand.Read(secret)
+	return ensureFile(k.path(user+"-password"), hex.EncodeToString(secret))
 }
 
 // ensureFile returns what is in the file, which is written if there is none.
@@ -240,14 +249,22 @@ func (k *Keystone) bootstrap(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, manageTimeout)
 	defer cancel()
+	// One request of Keystone's may read and write on two connections, and waits for
+	// itself unless SQLite lets readers and a writer be (https://www.sqlite.org/wal.html).
+	const wal = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('pragma journal_mode=wal')"
+	conf := k.path("keystone.conf")
 	for _, args := range [][]string{
-		{"db_sync"},
-		{"bootstrap", "--bootstrap-region-id", Region, "--bootstrap-public-url", k.URL(), "--bootstrap-internal-url", k.URL(), "--bootstrap-admin-url", k.URL()},
+		{"-c", wal, k.path("keystone.db")},
+		{manage, "--config-file", conf, "db_sync"},
+		{
+			manage, "--config-file", conf, "bootstrap", "--bootstrap-region-id", Region,
+			"--bootstrap-public-url", k.URL(), "--bootstrap-internal-url", k.URL(), "--bootstrap-admin-url", k.URL(),
+		},
 	} {
-		cmd := k.command(ctx, python, append([]string{manage, "--config-file", k.path("keystone.conf")}, args...)...)
+		cmd := k.command(ctx, python, args...)
 		cmd.Env = append(cmd.Env, "OS_BOOTSTRAP_PASSWORD="+k.password) // not to be seen in a list of processes
 		if err := k.run(cmd, func() error { return cmd.Wait() }); err != nil {
-			return fmt.Errorf("keystone-manage %s: %w; %s", args[0], errors.Join(ctx.Err(), err), k.explain())
+			return fmt.Errorf("%s: %w; %s", strings.Join(args, " "), errors.Join(ctx.Err(), err), k.explain())
 		}
 	}
 	return renameio.WriteFile(done, []byte(k.URL()), 0o600)
@@ -316,11 +333,15 @@ func (k *Keystone) Run(ctx context.Context) error {
 	return k.run(cmd, func() error {
 		// From here on only Keystone has the socket: when it ends, clients are refused.
 		_ = socket.Close()
-		ended := make(chan error, 1)
-		go func() { ended <- cmd.Wait() }()
+		var exit error
+		ended := make(chan struct{})
+		go func() {
+			exit = cmd.Wait()
+			close(ended)
+		}()
 		select {
-		case err := <-ended:
-			return fmt.Errorf("Keystone has ended: %w; %s", errors.Join(err), k.explain())
+		case <-ended:
+			return fmt.Errorf("Keystone has ended (%w); %s", exit, k.explain())
 		case <-ctx.Done():
 		}
 		_ = cmd.Process.Signal(syscall.SIGTERM)

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/domains"
 )
 
 // login asks for a token, and returns Keystone's status and the token.
@@ -64,6 +66,23 @@ func TestServer(t *testing.T) {
 	}
 	if cloud := s.AdminCloud("test"); !bytes.Contains(cloud, []byte(s.URL())) || !bytes.Contains(cloud, []byte(s.AdminPassword())) {
 		t.Errorf("clouds.yaml is not of this Keystone:\n%s", cloud)
+	}
+	// Twice the same user; many writes.
+	cloud, err := s.EnsureServiceUser(t.Context(), "h8s", "h8s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := s.EnsureServiceUser(t.Context(), "h8s", "h8s"); err != nil || !bytes.Equal(again, cloud) {
+		t.Errorf("the service user again: %v, clouds.yaml\n%s\nwas\n%s", err, again, cloud)
+	}
+	admin, err := s.Admin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 10 {
+		if _, err := domains.Create(t.Context(), admin, domains.CreateOpts{Name: fmt.Sprint("domain-", i)}).Extract(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	running := processes(t, s)
 	if len(running) != 1 {

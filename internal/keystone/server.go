@@ -71,6 +71,18 @@ func (s *Server) Start(ctx context.Context) error {
 	return nil
 }
 
+// SetTokenLifetime counts for tokens that are issued after the next Start.
+func (s *Server) SetTokenLifetime(ctx context.Context, lifetime time.Duration) error {
+	opts := s.opts
+	opts.TokenLifetime = lifetime
+	k, err := Prepare(ctx, opts)
+	if err != nil {
+		return err
+	}
+	s.Keystone = k
+	return nil
+}
+
 // Stop ends Keystone and returns when nothing of it runs: connections are refused.
 // Stopping it twice is no error.
 func (s *Server) Stop() {
