@@ -23,7 +23,7 @@ OURS := h8s h8s-controller h8s-node h8s-cni
 IMAGES := pause busybox agnhost h8s
 
 PACKAGES := gcc libc6-dev libseccomp-dev pkg-config nftables iproute2 kmod procps util-linux mount busybox-static conntrack ca-certificates \
-	qemu-system-x86 qemu-utils erofs-utils binutils \
+	qemu-system-x86 qemu-utils erofs-utils binutils crun \
 	python3-keystone uwsgi-core uwsgi-plugin-python3
 
 # What our programs are made from. VERSION is in them, and therefore in a file that
@@ -123,19 +123,16 @@ krew: $(BIN)/h8s ## the kubectl plugin and its manifest for krew, into bin/krew/
 images: $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) ## container images, as archives in bin/images
 
 # Of our programs and of Debian's. An archive that is right already is not written again.
-$(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) &: $(filter-out %_test.go,$(wildcard images/*.go images/pause/*)) go.mod $(DPKG) $(BIN)/.deps $(BIN)/agnhost $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img $(addprefix $(BIN)/,$(OURS))
+$(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) &: $(filter-out %_test.go,$(wildcard images/*.go images/linkage/*.go images/pause/*)) go.mod $(DPKG) $(BIN)/.deps $(BIN)/agnhost $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img $(addprefix $(BIN)/,$(OURS))
 	$(call step,build images,go run ./images --bin $(BIN) --out $(BIN)/images $(IMAGES) && touch $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))))
 
-# The VM sandbox. Its guest has no dynamic loader: both of its programs must be static.
+# The VM sandbox.
 hyper: $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img ## what a pod's virtual machine needs, into bin/ and bin/hyper/
-
-$(BIN)/hyper/runc: upstream/runc/go.mod | $(BIN)/.deps
-	$(call step,build hyper/runc,cd upstream/runc && CGO_ENABLED=1 go build -buildvcs=false -trimpath -tags 'seccomp netgo osusergo' -ldflags '-s -w -extldflags -static' -o $@ github.com/opencontainers/runc)
 
 $(BIN)/hyper/hyperinit: $(SOURCES)
 	$(call step,build hyper/hyperinit,$(gobuild) -ldflags '-s -w' -o $@ ./cmd/hyperinit && touch $@)
 
-$(BIN)/hyper/initrd.img: $(BIN)/hyper/runc $(BIN)/hyper/hyperinit $(wildcard images/guest/*.go) | $(BIN)/.deps
+$(BIN)/hyper/initrd.img: $(BIN)/hyper/hyperinit $(wildcard images/guest/*.go images/linkage/*.go) $(DPKG) | $(BIN)/.deps
 	$(call step,build hyper/initrd.img,go run ./images/guest -out $(BIN)/hyper && touch $@)
 
 $(BIN)/containerd-shim-hyper-v1: $(SOURCES)

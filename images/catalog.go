@@ -12,6 +12,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"h8s.io/hypernetes/internal/hyper/install"
+
+	"h8s.io/hypernetes/images/linkage"
 )
 
 //go:embed pause/pause.c
@@ -75,7 +77,7 @@ func busyboxTree(ctx context.Context) (tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, needed, err := linkage(source)
+	_, needed, err := linkage.Closure(source)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s", err, missing)
 	}

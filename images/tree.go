@@ -14,6 +14,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"h8s.io/hypernetes/images/linkage"
 )
 
 // file is one entry of a tree: a directory, a symbolic link, or a regular file.
@@ -82,4 +84,29 @@ func (t tree) layer() (v1.Layer, error) {
 		return nil, err
 	}
 	return static.NewLayer(out.Bytes(), types.DockerUncompressedLayer), nil
+}
+
+// closure adds to t a dynamically linked program of the host with the loader and every library that it
+// needs, all at the paths where the loader will look for them.
+func closure(t tree, name, missing string) error {
+	f, err := program(name, missing)
+	if err != nil {
+		return err
+	}
+	t[name] = f
+	loader, libraries, err := linkage.Closure(name)
+	if err != nil {
+		return err
+	}
+	if loader != "" {
+		if t[loader], err = program(loader, "the loader of "+name); err != nil {
+			return err
+		}
+	}
+	for _, library := range libraries {
+		if t[library], err = read(library, 0o644, "a library of "+name); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -1,5 +1,5 @@
 // Command guest makes what a pod's virtual machine boots: Debian's cloud kernel, and an
-// initramfs of our init, runc, and the few kernel modules that they need. The kernel's
+// initramfs of our init, crun, and the few kernel modules that they need. The kernel's
 // package is downloaded and unpacked, not installed. What is right already stays.
 package main
 
@@ -15,11 +15,14 @@ import (
 	"os/signal"
 	"path"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
+
+	"h8s.io/hypernetes/images/linkage"
 )
 
 // bootModules are loaded at boot, with what they need, in this order.
@@ -35,7 +38,7 @@ var bootModules = []string{
 var fileSystems = []string{"xfs"}
 
 func main() {
-	out := flag.String("out", "bin/hyper", "directory that holds hyperinit and runc, and gets vmlinuz and initrd.img")
+	out := flag.String("out", "bin/hyper", "directory that holds hyperinit, and gets vmlinuz and initrd.img")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := build(ctx, *out)
@@ -93,12 +96,13 @@ func guestTree(ctx context.Context, k kernel, programs string) (tree, error) {
 		"dev/console": {mode: fs.ModeDevice | fs.ModeCharDevice | 0o600, device: unix.Mkdev(5, 1)},
 		"dev/null":    {mode: fs.ModeDevice | fs.ModeCharDevice | 0o666, device: unix.Mkdev(1, 3)},
 	}
-	for file, program := range map[string]string{"init": "hyperinit", "sbin/runc": "runc"} {
-		data, err := os.ReadFile(filepath.Join(programs, program))
-		if err != nil {
-			return nil, fmt.Errorf("%w; run make hyper", err)
-		}
-		t[file] = node{mode: 0o755, data: data}
+	hyperinit, err := os.ReadFile(filepath.Join(programs, "hyperinit"))
+	if err != nil {
+		return nil, fmt.Errorf("%w; run make hyper", err)
+	}
+	t["init"] = node{mode: 0o755, data: hyperinit}
+	if err := addProgram(t, "sbin/crun", "/usr/bin/crun"); err != nil {
+		return nil, fmt.Errorf("%w; install Debian's package crun: run make deps", err)
 	}
 	f, err := os.Open(filepath.Join(k.modules, "modules.dep"))
 	if err != nil {
@@ -126,6 +130,29 @@ func guestTree(ctx context.Context, k kernel, programs string) (tree, error) {
 		}
 	}
 	return t, nil
+}
+
+// addProgram puts a program of this machine under name, with the loader and the libraries
+// that it needs.
+func addProgram(t tree, name, program string) error {
+	loader, libraries, err := linkage.Closure(program)
+	if err != nil {
+		return err
+	}
+	files := map[string]string{name: program}
+	for _, f := range append(libraries, loader) {
+		if f != "" {
+			files[strings.TrimPrefix(f, "/")] = f
+		}
+	}
+	for name, f := range files {
+		data, err := os.ReadFile(f)
+		if err != nil {
+			return err
+		}
+		t[name] = node{mode: 0o755, data: data}
+	}
+	return nil
 }
 
 // addModules puts files below dir under names that sort in load order.

@@ -33,7 +33,7 @@ const (
 	reservedPIDs   = 256
 )
 
-// boot makes the initramfs a system in which runc runs containers.
+// boot makes the initramfs a system in which crun runs containers.
 func boot() error {
 	if err := leaveRootfs(); err != nil {
 		return fmt.Errorf("a root that can be pivoted: %w", err)
@@ -74,12 +74,15 @@ func boot() error {
 			return err
 		}
 	}
-	// What runc and everything below start with: the containers' own value is in their specification.
+	// What crun and everything below start with: the containers' own value is in their specification.
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
 		return err
 	}
 	if err := loadModules(filepath.Join(modulesDir, "boot")); err != nil {
 		return err
+	}
+	if err := seal(guestapi.Runtime); err != nil {
+		return fmt.Errorf("seal %s: %w", guestapi.Runtime, err)
 	}
 	// After all that takes memory for good.
 	if err := setUpCgroups(cgroupRoot); err != nil {
@@ -96,7 +99,7 @@ func boot() error {
 }
 
 // leaveRootfs makes the initramfs a mount like any other: the kernel's own mount of
-// it has no parent, and pivot_root(2), which runc needs, refuses it. A bind
+// it has no parent, and pivot_root(2), which crun needs, refuses it. A bind
 // mount of it, moved to the top, has one, and costs neither copy nor memory.
 func leaveRootfs() error {
 	const stage = "/stage"
@@ -119,6 +122,39 @@ func leaveRootfs() error {
 		return err
 	}
 	return os.Remove(stage)
+}
+
+// seal replaces a program by a link to a sealed copy in memory. crun makes itself one
+// at each start unless it is one already, so that no container can write to the program that
+// entered it (CVE-2019-5736); that costs a copy, a second start, and under TCG the translation
+// of all its code.
+func seal(program string) error {
+	code, err := os.ReadFile(program)
+	if err != nil {
+		return err
+	}
+	fd, err := unix.MemfdCreate(filepath.Base(program), unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return fmt.Errorf("memfd: %w", err)
+	}
+	writer := os.NewFile(uintptr(fd), program)
+	defer writer.Close()
+	if _, err := writer.Write(code); err != nil {
+		return err
+	}
+	const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
+	if _, err := unix.FcntlInt(writer.Fd(), unix.F_ADD_SEALS, seals); err != nil {
+		return err
+	}
+	// What is open for writing cannot be executed. This one stays open as long as we live.
+	reader, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", writer.Fd()), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	if err := os.Remove(program); err != nil {
+		return err
+	}
+	return os.Symlink(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), reader), program)
 }
 
 // setUpCgroups gives the containers a cgroup with all controllers and all of the

@@ -160,6 +160,8 @@ func (c *containers) guestSpec(container guestapi.Container, id string) ([]byte,
 		return nil, err
 	}
 	root["path"] = "rootfs"
+	// crun 1.8, Debian's, refuses others. It knows what a kubelet asks for of those.
+	spec["ociVersion"] = "1.0.2"
 	linux, err := object(spec, "linux")
 	if err != nil {
 		return nil, err
@@ -174,9 +176,14 @@ func (c *containers) guestSpec(container guestapi.Container, id string) ([]byte,
 	if err != nil {
 		return nil, err
 	}
-	// Without one it would have PID 1's.
-	if _, ok := process["oomScoreAdj"]; !ok {
-		process["oomScoreAdj"] = 0
+	// Without one it would have PID 1's; crun takes 0 for none.
+	switch n := process["oomScoreAdj"].(type) {
+	case nil:
+		process["oomScoreAdj"] = 1
+	case json.Number:
+		if n == "0" {
+			process["oomScoreAdj"] = 1
+		}
 	}
 	return json.Marshal(spec)
 }

@@ -90,7 +90,7 @@ func TestMachine(t *testing.T) {
 }
 
 // busyboxLayer makes a file system image of busybox.
-func busyboxLayer(t *testing.T) string {
+func busyboxLayer(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()
 	for _, d := range []string{"bin", "proc", "dev", "sys", "tmp", "etc", "vol"} {
@@ -266,7 +266,7 @@ func check[T comparable](t *testing.T, what string, have, want T) {
 
 func testSetup(t *testing.T, m *machine) {
 	c := m.create("setup", spec("sh", "-c", "hostname; cat /proc/sys/net/core/somaxconn; cat /proc/self/oom_score_adj; cat /proc/self/cgroup"))
-	check(t, "output", m.all(c.stdout), "web-0\n1234\n0\n0::/\n")
+	check(t, "output", m.all(c.stdout), "web-0\n1234\n1\n0::/\n")
 	check(t, "machine ID", string(m.must("GET", "/v1/files?path=/etc/machine-id", nil)), "0123456789abcdef0123456789abcdef\n")
 	check(t, "PID 1's badness", string(m.must("GET", "/v1/files?path=/proc/1/oom_score_adj", nil)), "-1000\n")
 	if _, err := m.call("GET", "/v1/files?path=/dev/console", nil); err == nil {

@@ -2,7 +2,7 @@
 
 // Package guest is PID 1 of a pod's virtual machine: it makes the initramfs a
 // system, serves the host over the channel, runs containers by containerd's own Task
-// service and runc, and reaps. The host rules the guest; the containers, which run as
+// service and crun, and reaps. The host rules the guest; the containers, which run as
 // root of this very system, must not end it by accident, and gain nothing by ending
 // it on purpose.
 package guest

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"testing"
@@ -26,12 +27,16 @@ import (
 func TestGuestSpec(t *testing.T) {
 	for name, test := range map[string]struct{ spec, want string }{
 		"ours win": {
-			spec: `{"root":{"path":"/host","readonly":true},"linux":{"cgroupsPath":"/host","x":1},"process":{"oomScoreAdj":5}}`,
-			want: `{"linux":{"cgroupsPath":"/h8s/c","x":1},"process":{"oomScoreAdj":5},"root":{"path":"rootfs","readonly":true}}`,
+			spec: `{"ociVersion":"1.2.1","root":{"path":"/host","readonly":true},"linux":{"cgroupsPath":"/host","x":1},"process":{"oomScoreAdj":5}}`,
+			want: `{"linux":{"cgroupsPath":"/h8s/c","x":1},"ociVersion":"1.0.2","process":{"oomScoreAdj":5},"root":{"path":"rootfs","readonly":true}}`,
 		},
 		"unknown and large stay": {
 			spec: `{"future":{"n":18446744073709551615}}`,
-			want: `{"future":{"n":18446744073709551615},"linux":{"cgroupsPath":"/h8s/c"},"process":{"oomScoreAdj":0},"root":{"path":"rootfs"}}`,
+			want: `{"future":{"n":18446744073709551615},"linux":{"cgroupsPath":"/h8s/c"},"ociVersion":"1.0.2","process":{"oomScoreAdj":1},"root":{"path":"rootfs"}}`,
+		},
+		"no badness": {
+			spec: `{"process":{"oomScoreAdj":0}}`,
+			want: `{"linux":{"cgroupsPath":"/h8s/c"},"ociVersion":"1.0.2","process":{"oomScoreAdj":1},"root":{"path":"rootfs"}}`,
 		},
 		"no object": {spec: `{"root":1}`},
 		"null":      {spec: `null`},
@@ -46,6 +51,40 @@ func TestGuestSpec(t *testing.T) {
 				t.Errorf("got  %s\nwant %s", got, test.want)
 			}
 		})
+	}
+}
+
+// TestSeal: what was sealed runs, cannot be written, and has the seals by which crun knows
+// that it need not copy itself.
+func TestSeal(t *testing.T) {
+	code, err := os.ReadFile("/bin/busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(t.TempDir(), "busybox")
+	if err := os.WriteFile(program, code, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := seal(program); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(program, "echo", "runs").CombinedOutput(); err != nil || string(out) != "runs\n" {
+		t.Errorf("run what was sealed: %v: %q", err, out)
+	}
+	f, err := os.Open(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	have, err := unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0)
+	if want := unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE; err != nil || have != want {
+		t.Errorf("seals %#x, want %#x: %v", have, want, err)
+	}
+	if f, err := os.OpenFile(program, os.O_RDWR, 0); err == nil {
+		defer f.Close()
+		if _, err := f.WriteString("changed"); err == nil {
+			t.Error("what was sealed can be written")
+		}
 	}
 }
 

@@ -24,7 +24,7 @@ import (
 
 // machine is a virtual machine with the guest of bin/hyper, and the ways to it.
 type machine struct {
-	t     *testing.T
+	t     testing.TB
 	vm    *vm.VM
 	host  *channel.Host
 	http  *http.Client
@@ -32,12 +32,12 @@ type machine struct {
 }
 
 // boot starts a machine, which ends with the test.
-func boot(t *testing.T, memory int64) *machine {
+func boot(t testing.TB, memory int64) *machine {
 	t.Helper()
 	return start(t, config(t, memory))
 }
 
-func config(t *testing.T, memory int64) vm.Config {
+func config(t testing.TB, memory int64) vm.Config {
 	t.Helper()
 	bin, err := filepath.Abs("../../../bin/hyper")
 	if err != nil {
@@ -50,7 +50,7 @@ func config(t *testing.T, memory int64) vm.Config {
 	}
 }
 
-func start(t *testing.T, c vm.Config) *machine {
+func start(t testing.TB, c vm.Config) *machine {
 	t.Helper()
 	var console lockedBuffer
 	c.Console = &console

@@ -12,17 +12,19 @@ import (
 
 	"github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/task"
 	eventing "github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/shutdown"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"h8s.io/hypernetes/internal/hyper/guestapi"
 )
 
-// namespace is containerd's, of which a guest needs one. runc keeps its state under
+// namespace is containerd's, of which a guest needs one. crun keeps its state under
 // it in /run/containerd/runc.
 const namespace = "h8s"
 
@@ -62,7 +64,11 @@ type tasks struct {
 // paths and options mean nothing here.
 func (t *tasks) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*taskapi.CreateTaskResponse, error) {
 	r.Bundle = filepath.Join(guestapi.BundleDir, filepath.Base(r.ID))
-	r.Rootfs, r.Options = nil, nil
+	options, err := anypb.New(&runcoptions.Options{BinaryName: guestapi.Runtime})
+	if err != nil {
+		return nil, err
+	}
+	r.Rootfs, r.Options = nil, options
 	answer, err := t.TTRPCTaskService.Create(ctx, r)
 	if err == nil {
 		t.closeAfter(r.Stdin, &taskapi.CloseIORequest{ID: r.ID, Stdin: true}) //nolint:contextcheck // for as long as the input lasts

@@ -1,4 +1,5 @@
-package main
+// Package linkage finds what a dynamically linked program of this machine needs to run elsewhere.
+package linkage
 
 import (
 	"debug/elf"
@@ -7,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -17,43 +19,31 @@ var libraryDirs = []string{
 	"/lib64", "/usr/lib64", "/lib", "/usr/lib",
 }
 
-// closure adds to t a dynamically linked program of the host with the loader and every library that it
-// needs, all at the paths where the loader will look for them.
-func closure(t tree, name, missing string) error {
-	f, err := program(name, missing)
+// Closure returns the loader that a program asks for, or "" if it is statically linked, and all libraries
+// that it needs, at the paths where the loader will look for them.
+func Closure(program string) (loader string, libraries []string, err error) {
+	loader, needed, err := linkage(program)
 	if err != nil {
-		return err
-	}
-	t[name] = f
-	loader, needed, err := linkage(name)
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	if loader != "" {
-		if t[loader], err = program(loader, "the loader of "+name); err != nil {
-			return err
-		}
+		return "", nil, err
 	}
 	for len(needed) > 0 {
 		soname := needed[0]
 		needed = needed[1:]
 		library, err := find(soname)
 		if err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+			return "", nil, fmt.Errorf("%s: %w", program, err)
 		}
-		if _, have := t[library]; have || filepath.Base(loader) == soname {
+		if slices.Contains(libraries, library) || filepath.Base(loader) == soname {
 			continue
 		}
-		if t[library], err = read(library, 0o644, "a library of "+name); err != nil {
-			return err
-		}
+		libraries = append(libraries, library)
 		_, more, err := linkage(library)
 		if err != nil {
-			return fmt.Errorf("%s: %w", library, err)
+			return "", nil, err
 		}
 		needed = append(needed, more...)
 	}
-	return nil
+	return loader, libraries, nil
 }
 
 // linkage reads which loader an ELF file asks for and which libraries it needs.
@@ -69,12 +59,14 @@ func linkage(name string) (loader string, needed []string, err error) {
 		}
 		raw := make([]byte, p.Filesz)
 		if _, err := p.ReadAt(raw, 0); err != nil {
-			return "", nil, err
+			return "", nil, fmt.Errorf("%s: %w", name, err)
 		}
 		loader = strings.TrimRight(string(raw), "\x00")
 	}
-	needed, err = f.ImportedLibraries()
-	return loader, needed, err
+	if needed, err = f.ImportedLibraries(); err != nil {
+		return "", nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return loader, needed, nil
 }
 
 func find(soname string) (string, error) {
