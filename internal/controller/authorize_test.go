@@ -273,8 +273,13 @@ func tokenCaller(t *testing.T, namespace, name string) caller {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return tokenClient(t, token.Status.Token)
+}
+
+func tokenClient(t *testing.T, token string) caller {
+	t.Helper()
 	config := rest.AnonymousClientConfig(cluster.env.Config)
-	config.BearerToken = token.Status.Token
+	config.BearerToken = token
 	httpClient, err := rest.HTTPClientFor(config)
 	if err != nil {
 		t.Fatal(err)

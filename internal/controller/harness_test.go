@@ -177,7 +177,8 @@ func startControllerManager(ctx context.Context, bin string) (func() error, erro
 	var log bytes.Buffer
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "kube-controller-manager"),
 		"--kubeconfig="+path, "--leader-elect=false", "--secure-port=0", "--use-service-account-credentials",
-		"--controllers=clusterrole-aggregation-controller,namespace-controller,serviceaccount-controller,deployment-controller,replicaset-controller,endpointslice-controller,resourcequota-controller,garbage-collector-controller")
+		"--controllers=clusterrole-aggregation-controller,namespace-controller,serviceaccount-controller,deployment-controller,replicaset-controller,endpointslice-controller,resourcequota-controller,garbage-collector-controller,serviceaccount-token-controller",
+		"--service-account-private-key-file="+filepath.Join(cluster.env.ControlPlane.GetAPIServer().CertDir, "sa-signer.key"))
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {
 		return nil, err
