@@ -5,6 +5,7 @@
 //	go run ./bench -cluster dev          a cluster that is up
 //	go run ./bench -only network,cni     some of the sections
 //	go run ./bench -suite hyper          pods that are virtual machines, beside runc and gVisor
+//	go run ./bench -suite neighbours     a tenant's requests beside another's flood of them
 //
 // What counts are the ratios and their spread; the absolute values are those of
 // this machine. All sides of a comparison take turns in every round.
@@ -36,6 +37,13 @@ func main() {
 	runtime.LockOSThread()
 	if len(os.Args) == 2 && os.Args[1] == driverCommand {
 		if err := serveCNI(context.Background(), os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	if len(os.Args) == 3 && os.Args[1] == floodCommand {
+		if err := flood(context.Background(), os.Args[2], os.Stdin, os.Stdout); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -92,6 +100,9 @@ func suites() map[string][]section {
 			{"start", measureStart},
 			// Last, because it begins by taking away what the others made.
 			{"memory", measureMemory},
+		},
+		neighboursSuite: {
+			{"flood", measureFlood},
 		},
 		hyperSuite: {
 			{"resume", measureResume},

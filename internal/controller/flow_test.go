@@ -16,7 +16,6 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"h8s.io/hypernetes/api/v1alpha1"
-	"h8s.io/hypernetes/internal/tenancy"
 )
 
 // flowOf are the UIDs of the FlowSchema and the level that the API server has put a request into.
@@ -48,8 +47,8 @@ func TestFlowOfTenant(t *testing.T) {
 	newTenant(t, tenantOf("flow-other", "10.0.0.0/16", member("User", "flow-bob", v1alpha1.RoleOwner)))
 	newNamespace(t, as(t, "flow-olga"), namespaceOf("flow-a", "", nil))
 	newNamespace(t, as(t, "flow-bob"), namespaceOf("flow-b", "", nil))
-	var tenants, system flowcontrolv1.PriorityLevelConfiguration
-	for name, level := range map[string]*flowcontrolv1.PriorityLevelConfiguration{tenancy.PriorityLevel: &tenants, "h8s-system": &system} {
+	var tenants, lists, system flowcontrolv1.PriorityLevelConfiguration
+	for name, level := range map[string]*flowcontrolv1.PriorityLevelConfiguration{"h8s-tenants": &tenants, "h8s-tenants-lists": &lists, "h8s-system": &system} {
 		if err := cluster.admin.Get(ctx, client.ObjectKey{Name: name}, level); err != nil {
 			t.Fatal(err)
 		}
@@ -72,39 +71,41 @@ func TestFlowOfTenant(t *testing.T) {
 	}
 	for name, tt := range map[string]struct {
 		who    caller
-		schema string // empty: any but tenants'
+		tenant string // empty: none
 	}{
-		"an owner":                  {callerAs(t, "flow-olga"), "h8s-tenant-flow"},
-		"a viewer":                  {callerAs(t, "flow-vera"), "h8s-tenant-flow"},
-		"somebody of a group":       {callerAs(t, "flow-guest", "flow-team"), "h8s-tenant-flow"},
-		"a ServiceAccount":          {tokenCaller(t, "flow-a", "default"), "h8s-tenant-flow"},
-		"another ServiceAccount":    {tokenCaller(t, "flow-a", "robot"), "h8s-tenant-flow"},
-		"another tenant":            {callerAs(t, "flow-bob"), "h8s-tenant-flow-other"},
-		"another tenant's robot":    {tokenCaller(t, "flow-b", "default"), "h8s-tenant-flow-other"},
+		"an owner":                  {callerAs(t, "flow-olga"), "flow"},
+		"a viewer":                  {callerAs(t, "flow-vera"), "flow"},
+		"somebody of a group":       {callerAs(t, "flow-guest", "flow-team"), "flow"},
+		"a ServiceAccount":          {tokenCaller(t, "flow-a", "default"), "flow"},
+		"another ServiceAccount":    {tokenCaller(t, "flow-a", "robot"), "flow"},
+		"another tenant":            {callerAs(t, "flow-bob"), "flow-other"},
+		"another tenant's robot":    {tokenCaller(t, "flow-b", "default"), "flow-other"},
 		"somebody of no tenant":     {callerAs(t, "flow-stranger"), ""},
 		"the cluster's own account": {tokenCaller(t, "kube-system", "default"), ""},
 		"our controller":            {tokenCaller(t, release, "h8s-controller"), "h8s-system"},
 		"our agent":                 {tokenCaller(t, release, "h8s-node"), "h8s-system"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for _, path := range []string{own, foreign, "/version", namespacesPath, "/apis/h8s.io/v1alpha1/tenants/flow"} {
+			for path, list := range map[string]bool{own: true, foreign: true, namespacesPath: true, own + "/kube-root-ca.crt": false, "/version": false, "/apis/h8s.io/v1alpha1/tenants/flow": false} {
 				eventually(t, func() error { // the API server reads FlowSchemas from a cache
 					schema, level, err := flowOf(ctx, tt.who, path)
 					if err != nil {
 						return err
 					}
-					want := string(tenants.UID)
-					if tt.schema == "h8s-system" {
-						want = string(system.UID)
-					}
-					if tt.schema == "" {
-						if level == string(tenants.UID) || level == string(system.UID) || level == "" {
+					wantLevel, wantSchema := &tenants, "h8s-tenant-"+tt.tenant
+					switch {
+					case tt.tenant == "":
+						if level == string(tenants.UID) || level == string(lists.UID) || level == string(system.UID) || level == "" {
 							return fmt.Errorf("%s is in level %q", path, level)
 						}
 						return nil
+					case tt.tenant == "h8s-system":
+						wantLevel, wantSchema = &system, "h8s-system"
+					case list:
+						wantLevel, wantSchema = &lists, "h8s-lists-"+tt.tenant
 					}
-					if level != want || schema != uid(tt.schema) {
-						return fmt.Errorf("%s is in level %q and of FlowSchema %q, want %s", path, level, schema, tt.schema)
+					if level != string(wantLevel.UID) || schema != uid(wantSchema) {
+						return fmt.Errorf("%s is in level %q and of FlowSchema %q, want %s and %s", path, level, schema, wantLevel.Name, wantSchema)
 					}
 					return nil
 				})
@@ -112,12 +113,12 @@ func TestFlowOfTenant(t *testing.T) {
 		})
 	}
 
-	t.Run("the level keeps to itself", func(t *testing.T) {
-		limited := tenants.Spec.Limited
+	for _, level := range []flowcontrolv1.PriorityLevelConfiguration{tenants, lists} {
+		limited := level.Spec.Limited
 		if *limited.LendablePercent != 0 || limited.BorrowingLimitPercent == nil || *limited.BorrowingLimitPercent != 0 || limited.LimitResponse.Type != flowcontrolv1.LimitResponseTypeQueue {
-			t.Errorf("%+v", limited)
+			t.Errorf("%s does not keep to itself: %+v", level.Name, limited)
 		}
-	})
+	}
 	t.Run("it is made again, and goes with the tenant", func(t *testing.T) {
 		newTenant(t, tenantOf("flow-gone", "10.0.0.0/16", member("User", "flow-zoe", v1alpha1.RoleOwner)))
 		schema := &flowcontrolv1.FlowSchema{ObjectMeta: metav1.ObjectMeta{Name: "h8s-tenant-flow-gone"}}

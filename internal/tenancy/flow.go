@@ -10,23 +10,37 @@ import (
 	"h8s.io/hypernetes/api/v1alpha1"
 )
 
-const (
-	// PriorityLevel is the PriorityLevelConfiguration, of the chart, for the requests
-	// of all tenants.
-	PriorityLevel = "h8s-tenants"
-	// flowPrecedence: after Kubernetes' own components (up to 900), before what it
-	// has for other ServiceAccounts and people (from 9000 on).
-	flowPrecedence = 5000
-)
+// flowPrecedence: after Kubernetes' own components (up to 900), before what it has
+// for other ServiceAccounts and people (from 9000 on). Lists are looked for first.
+const flowPrecedence = 5000
 
-// FlowSchemaName is the name of the FlowSchema of the tenant's requests.
-func FlowSchemaName(tenant string) string { return "h8s-tenant-" + tenant }
+// flows are the levels, of the chart, for the requests of all tenants. Lists have
+// one of their own: a small request would wait until one of them is over, and that
+// is long.
+var flows = []struct { //nolint:gochecknoglobals // a table
+	prefix, level string
+	precedence    int32
+	verbs         []string
+}{
+	{"h8s-lists-", "h8s-tenants-lists", flowPrecedence - 1, []string{"list", "watch", "deletecollection"}},
+	{"h8s-tenant-", "h8s-tenants", flowPrecedence, []string{flowcontrolv1.VerbAll}},
+}
 
-// FlowSchema makes the requests of the tenant's people and of its ServiceAccounts
-// one flow (API Priority and Fairness, KEP-1040), nil if there is nobody. It does
-// not tell users apart: a tenant makes as many ServiceAccounts as it likes, and
-// would get as many shares. Who is in several tenants counts in the first by name.
-func FlowSchema(t *v1alpha1.Tenant, namespaces []string, disabled Disabled) *flowcontrolv1.FlowSchema {
+// FlowSchemaNames are the names of the FlowSchemas of the tenant's requests.
+func FlowSchemaNames(tenant string) []string {
+	var names []string
+	for _, f := range flows {
+		names = append(names, f.prefix+tenant)
+	}
+	return names
+}
+
+// FlowSchemas make the requests of the tenant's people and of its ServiceAccounts
+// one flow in each level (API Priority and Fairness, KEP-1040); none if there is
+// nobody. They do not tell users apart: a tenant makes as many ServiceAccounts as
+// it likes, and would get as many shares. Who is in several tenants counts in the
+// first by name.
+func FlowSchemas(t *v1alpha1.Tenant, namespaces []string, disabled Disabled) []flowcontrolv1.FlowSchema {
 	var who []flowcontrolv1.Subject
 	for _, s := range subjects(t, disabled, v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit, v1alpha1.RoleView) {
 		switch s.Kind {
@@ -45,18 +59,25 @@ func FlowSchema(t *v1alpha1.Tenant, namespaces []string, disabled Disabled) *flo
 		return nil
 	}
 	all := []string{flowcontrolv1.ResourceAll}
-	return &flowcontrolv1.FlowSchema{
-		ObjectMeta: metav1.ObjectMeta{Name: FlowSchemaName(t.Name), Labels: ObjectLabels(t.Name)},
-		Spec: flowcontrolv1.FlowSchemaSpec{
-			PriorityLevelConfiguration: flowcontrolv1.PriorityLevelConfigurationReference{Name: PriorityLevel},
-			MatchingPrecedence:         flowPrecedence,
-			Rules: []flowcontrolv1.PolicyRulesWithSubjects{{
-				Subjects:         who,
-				ResourceRules:    []flowcontrolv1.ResourcePolicyRule{{Verbs: all, APIGroups: all, Resources: all, ClusterScope: true, Namespaces: all}},
-				NonResourceRules: []flowcontrolv1.NonResourcePolicyRule{{Verbs: all, NonResourceURLs: all}},
-			}},
-		},
+	var schemas []flowcontrolv1.FlowSchema
+	for _, f := range flows {
+		rules := flowcontrolv1.PolicyRulesWithSubjects{
+			Subjects:      who,
+			ResourceRules: []flowcontrolv1.ResourcePolicyRule{{Verbs: f.verbs, APIGroups: all, Resources: all, ClusterScope: true, Namespaces: all}},
+		}
+		if slices.Contains(f.verbs, flowcontrolv1.VerbAll) {
+			rules.NonResourceRules = []flowcontrolv1.NonResourcePolicyRule{{Verbs: all, NonResourceURLs: all}}
+		}
+		schemas = append(schemas, flowcontrolv1.FlowSchema{
+			ObjectMeta: metav1.ObjectMeta{Name: f.prefix + t.Name, Labels: ObjectLabels(t.Name)},
+			Spec: flowcontrolv1.FlowSchemaSpec{
+				PriorityLevelConfiguration: flowcontrolv1.PriorityLevelConfigurationReference{Name: f.level},
+				MatchingPrecedence:         f.precedence,
+				Rules:                      []flowcontrolv1.PolicyRulesWithSubjects{rules},
+			},
+		})
 	}
+	return schemas
 }
 
 func group(name string) flowcontrolv1.Subject {
