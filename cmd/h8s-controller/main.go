@@ -1,4 +1,4 @@
-// h8s-controller runs the reconcilers and admission webhooks of Hypernetes.
+// h8s-controller runs the reconcilers and webhooks of Hypernetes.
 package main
 
 import (
@@ -14,6 +14,7 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"h8s.io/hypernetes/internal/controller"
+	"h8s.io/hypernetes/internal/identity"
 )
 
 // version is set by the linker.
@@ -26,6 +27,13 @@ type flags struct {
 	healthAddress string
 	logLevel      string
 	options       controller.Options
+	keystone      keystoneFlags
+}
+
+// keystoneFlags are off without a path.
+type keystoneFlags struct {
+	path, cloud, prefix string
+	fresh               time.Duration
 }
 
 func main() {
@@ -47,6 +55,10 @@ func main() {
 	cmd.Flags().StringSliceVar(&f.options.ServiceCIDRs, "service-cidr", nil, "ranges of Services; those of ServiceCIDR objects are added")
 	cmd.Flags().StringSliceVar(&f.options.PodCIDRs, "pod-cidr", nil, "ranges of the default network; those of Nodes are added")
 	cmd.Flags().StringSliceVar(&f.options.InfrastructureCIDRs, "infrastructure-cidr", nil, "other ranges of the cluster's own, such as the nodes' network")
+	cmd.Flags().StringVar(&f.keystone.path, "keystone-clouds", "", "clouds.yaml with the service user that validates Keystone's tokens (default: none are)")
+	cmd.Flags().StringVar(&f.keystone.cloud, "keystone-cloud", "h8s", "cloud in that file")
+	cmd.Flags().StringVar(&f.keystone.prefix, "keystone-prefix", identity.DefaultPrefix, "beginning of the names of Keystone's users and groups")
+	cmd.Flags().DurationVar(&f.keystone.fresh, "keystone-fresh", 0, "how long Keystone's word about a token counts without asking again, 10s at most; the API server adds 10s of its own")
 	if err := cmd.Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "h8s-controller:", err)
 		os.Exit(1)
@@ -66,6 +78,11 @@ func run(f flags) error {
 	config, err := ctrl.GetConfig()
 	if err != nil {
 		return fmt.Errorf("find the API server: %w", err)
+	}
+	if f.keystone.path != "" {
+		if f.options.Tokens, err = f.keystone.validator(); err != nil {
+			return err
+		}
 	}
 	shutdown := 5 * time.Second
 	mgr, err := ctrl.NewManager(config, ctrl.Options{
@@ -93,4 +110,17 @@ func run(f flags) error {
 		return err
 	}
 	return mgr.Start(ctrl.SetupSignalHandler())
+}
+
+// validator does not ask Keystone yet: the controller starts without it.
+func (f keystoneFlags) validator() (*identity.Validator, error) {
+	prefix, err := identity.ParsePrefix(f.prefix)
+	if err != nil {
+		return nil, fmt.Errorf("--keystone-prefix: %w", err)
+	}
+	service, err := identity.NewService(f.path, f.cloud)
+	if err != nil {
+		return nil, fmt.Errorf("--keystone-clouds: %w", err)
+	}
+	return identity.New(service, identity.Options{Prefix: prefix, Fresh: f.fresh})
 }

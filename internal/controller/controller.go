@@ -27,6 +27,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
+	"sigs.k8s.io/controller-runtime/pkg/webhook/authentication"
 
 	"h8s.io/hypernetes/api/v1alpha1"
 	"h8s.io/hypernetes/internal/tenancy"
@@ -42,6 +43,8 @@ type Options struct {
 	ServiceCIDRs, PodCIDRs []string
 	// InfrastructureCIDRs are the cluster's other ranges.
 	InfrastructureCIDRs []string
+	// Tokens, if set, answers the API server's questions about tokens.
+	Tokens TokenValidator
 }
 
 // NewScheme is the scheme of every client that the controller uses.
@@ -107,6 +110,9 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 	server.Register("/validate-namespace", &admission.Webhook{Handler: newQuotaWebhook(objects, decoder)})
 	server.Register("/validate-network", &admission.Webhook{Handler: &networkWebhook{objects, infrastructure, decoder}})
 	server.Register(AuthorizePath, &authorizer{mgr.GetClient()})
+	if opts.Tokens != nil {
+		server.Register(TokenReviewPath, &authentication.Webhook{Handler: &tokenReviewWebhook{opts.Tokens}})
+	}
 	return nil
 }
 

@@ -107,6 +107,9 @@ func start(ctx context.Context) (stop func() error, err error) {
 	if err := configureAuthorization(apiServer, hooks); err != nil {
 		return stop, err
 	}
+	if err := reviewTokens(apiServer, hooks); err != nil {
+		return stop, err
+	}
 	config, err := cluster.env.Start()
 	if err != nil {
 		return stop, fmt.Errorf("start etcd and kube-apiserver of %s (`make upstream` builds them): %w", bin, err)
@@ -278,7 +281,7 @@ func startManager(ctx context.Context, admin *rest.Config, hooks *envtest.Webhoo
 	if err != nil {
 		return nil, err
 	}
-	if err := Setup(mgr, Options{ServiceCIDRs: []string{"10.96.0.0/16"}, PodCIDRs: []string{"10.244.0.0/16"}, InfrastructureCIDRs: []string{"198.18.0.0/24"}}); err != nil {
+	if err := Setup(mgr, Options{ServiceCIDRs: []string{"10.96.0.0/16"}, PodCIDRs: []string{"10.244.0.0/16"}, InfrastructureCIDRs: []string{"198.18.0.0/24"}, Tokens: &tokens}); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
