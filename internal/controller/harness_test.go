@@ -212,7 +212,7 @@ func startControllerManager(ctx context.Context, bin string) (func() error, erro
 
 // installChart applies what Helm renders, with webhooks that call this process.
 func installChart(ctx context.Context, bin, chart string, hooks *envtest.WebhookInstallOptions) error {
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, "helm"), "template", "h8s", chart, "--namespace", release, "--kube-version", "1.36.3")
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "helm"), "template", "h8s", chart, "--namespace", release, "--kube-version", "1.36.3", "--set", "keystone.secretName=h8s-keystone")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	rendered, err := cmd.Output()
