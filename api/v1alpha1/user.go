@@ -26,7 +26,8 @@ type UserSpec struct {
 	// DisplayName is for people to read.
 	// +kubebuilder:validation:MaxLength=253
 	DisplayName string `json:"displayName,omitempty"`
-	// Disabled takes away every access that memberships give, at once.
+	// Disabled takes away every access that memberships give, at once, and the
+	// renewal of the User's certificate.
 	Disabled bool `json:"disabled,omitempty"`
 }
 

@@ -1,5 +1,6 @@
 // Command h8s does what kubectl cannot: it makes and removes embedded clusters,
-// makes kubeconfigs for Users, lists what is one's own and examines the machine.
+// makes kubeconfigs for Users, logs people in, lists what is one's own and examines
+// the machine.
 package main
 
 import (
@@ -49,6 +50,7 @@ func newRoot() *cobra.Command {
 	}
 	root.AddCommand(
 		newUp(), newDown(), newStatus(), newKubeconfig(), newImage(), newDoctor(), newVersion(),
+		newLogin(), newLogout(), newWhoAmI(), newCredential(),
 		newSupervise(), newNodeInit(),
 	)
 	root.AddCommand(newMine()...)

@@ -23,11 +23,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/tenancy"
 )
-
-// userLifetime is how long a User's certificate is valid. Kubernetes cannot take
-// one back, so it is short.
-const userLifetime = time.Hour
 
 // AdminKubeconfig returns the kubeconfig of the cluster's administrator.
 func AdminKubeconfig(name string) ([]byte, error) {
@@ -116,7 +113,7 @@ func newRequest(user string, groups []string) (request, key []byte, err error) {
 // signRequest takes a request through the cluster's CSR API, as its administrator.
 func signRequest(ctx context.Context, kube kubernetes.Interface, user string, request []byte) ([]byte, error) {
 	csrs := kube.CertificatesV1().CertificateSigningRequests()
-	seconds := int32(userLifetime / time.Second)
+	seconds := int32(tenancy.CertificateLifetime / time.Second)
 	csr, err := csrs.Create(ctx, &certificatesv1.CertificateSigningRequest{
 		ObjectMeta: metav1.ObjectMeta{GenerateName: "h8s-user-"},
 		Spec: certificatesv1.CertificateSigningRequestSpec{

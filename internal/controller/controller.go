@@ -11,12 +11,14 @@ import (
 	"strings"
 	"time"
 
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	flowcontrolv1 "k8s.io/api/flowcontrol/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
@@ -70,6 +72,9 @@ func CacheOptions() cache.Options {
 			&rbacv1.ClusterRoleBinding{}: ours,
 			&corev1.ResourceQuota{}:      ours,
 			&flowcontrolv1.FlowSchema{}:  ours,
+			&certificatesv1.CertificateSigningRequest{}: {
+				Field: fields.OneTermEqualSelector("spec.signerName", certificatesv1.KubeAPIServerClientSignerName),
+			},
 			&corev1.Pod{}: {Transform: func(obj any) (any, error) {
 				if pod, ok := obj.(*corev1.Pod); ok {
 					return &corev1.Pod{
@@ -99,6 +104,7 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 		"network":   (&networkReconciler{objects, infrastructure}).setup,
 		"namespace": (&namespaceReconciler{objects, mgr.GetEventRecorder("h8s-controller")}).setup,
 		"user":      (&userReconciler{objects}).setup,
+		"renewal":   (&renewalReconciler{objects}).setup,
 	} {
 		if err := setup(mgr); err != nil {
 			return fmt.Errorf("set up the %s reconciler: %w", name, err)

@@ -177,10 +177,15 @@ func startControllerManager(ctx context.Context, bin string) (func() error, erro
 	if err := os.WriteFile(path, kubeconfig, 0o600); err != nil {
 		return nil, err
 	}
+	signing, err := signingCA(dir)
+	if err != nil {
+		return nil, err
+	}
 	var log bytes.Buffer
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "kube-controller-manager"),
+		"--cluster-signing-cert-file="+signing+".crt", "--cluster-signing-key-file="+signing+".key",
 		"--kubeconfig="+path, "--leader-elect=false", "--secure-port=0", "--use-service-account-credentials",
-		"--controllers=clusterrole-aggregation-controller,namespace-controller,serviceaccount-controller,deployment-controller,replicaset-controller,endpointslice-controller,resourcequota-controller,garbage-collector-controller,serviceaccount-token-controller",
+		"--controllers=clusterrole-aggregation-controller,namespace-controller,serviceaccount-controller,deployment-controller,replicaset-controller,endpointslice-controller,resourcequota-controller,garbage-collector-controller,serviceaccount-token-controller,certificatesigningrequest-signing-controller",
 		"--service-account-private-key-file="+filepath.Join(cluster.env.ControlPlane.GetAPIServer().CertDir, "sa-signer.key"))
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {

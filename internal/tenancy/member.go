@@ -133,3 +133,15 @@ func splitServiceAccount(name string) (namespace, account string, ok bool) {
 	namespace, account, ok = strings.Cut(name, ":")
 	return namespace, account, ok && namespace != "" && account != "" && !strings.Contains(account, ":")
 }
+
+// Roles are what the tenant's members list gives the requester, by name, by group or as
+// ServiceAccount, the most powerful first.
+func (r Requester) Roles(t *v1alpha1.Tenant) []v1alpha1.Role {
+	var roles []v1alpha1.Role
+	for _, role := range []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit, v1alpha1.RoleView} {
+		if slices.ContainsFunc(t.Spec.Members, func(m v1alpha1.Member) bool { return m.Role == role && r.Is(m) }) {
+			roles = append(roles, role)
+		}
+	}
+	return roles
+}

@@ -1,0 +1,322 @@
+package controller
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	certificatesv1 "k8s.io/api/certificates/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/utils/ptr"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/login"
+	"h8s.io/hypernetes/internal/tenancy"
+)
+
+// signingCA makes what kube-controller-manager signs with and adds it to what the API
+// server believes, beside envtest's own CA, whose key nobody gets.
+func signingCA(dir string) (path string, err error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return "", err
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test cluster"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return "", err
+	}
+	encoded, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return "", err
+	}
+	path = filepath.Join(dir, "signing")
+	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	if err := os.WriteFile(path+".crt", cert, 0o600); err != nil {
+		return "", err
+	}
+	if err := os.WriteFile(path+".key", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: encoded}), 0o600); err != nil {
+		return "", err
+	}
+	bundle := filepath.Join(cluster.env.ControlPlane.GetAPIServer().CertDir, "client-cert-auth-ca.crt")
+	have, err := os.ReadFile(bundle)
+	if err != nil {
+		return "", err
+	}
+	return path, os.WriteFile(bundle, append(have, cert...), 0o600) // the API server watches the file
+}
+
+func newUser(t *testing.T, name string) *v1alpha1.User {
+	t.Helper()
+	u := &v1alpha1.User{ObjectMeta: metav1.ObjectMeta{Name: name}}
+	if err := cluster.admin.Create(t.Context(), u); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), u) })
+	eventually(t, func() error {
+		// The role is bound, but the API server's authorizer learns of it by a watch.
+		err := as(t, name).Get(t.Context(), client.ObjectKey{Name: tenancy.RenewalPrefix + name}, &certificatesv1.CertificateSigningRequest{})
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return fmt.Errorf("the User %s may not renew yet: %w", name, err)
+	})
+	return u
+}
+
+// begin is a provider with the certificate that an operator gave to the user.
+func begin(t *testing.T, user string) *login.Certificate {
+	t.Helper()
+	u, err := cluster.env.AddUser(userNamed(user), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := login.NewCertificate(u.Config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// withCredential is a client with what the credential plugin hands to kubectl.
+func withCredential(t *testing.T, c *login.Credential) client.Client {
+	t.Helper()
+	config := rest.AnonymousClientConfig(cluster.env.Config)
+	config.CertData, config.KeyData, config.BearerToken = []byte(c.Certificate), []byte(c.Key), c.Token
+	out, err := client.New(config, client.Options{Scheme: cluster.scheme})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func TestRenewalOfCertificate(t *testing.T) {
+	ctx := t.Context()
+	user := newUser(t, "renew-ann")
+	cache := login.Cache(filepath.Join(t.TempDir(), "sessions"))
+	first := begin(t, user.Name)
+	if err := cache.Login(ctx, "ann", login.Session{Certificate: first}, nil); err != nil {
+		t.Fatal(err)
+	}
+	have, err := cache.Credential(ctx, "ann", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left := time.Until(have.Expires); left > tenancy.CertificateLifetime || left < tenancy.CertificateLifetime/2 {
+		t.Errorf("the certificate is valid for %s, want %s", left, tenancy.CertificateLifetime)
+	}
+	eventually(t, func() error { // the API server reads the signer's CA
+		review := &authenticationv1.SelfSubjectReview{}
+		if err := withCredential(t, have).Create(ctx, review); err != nil {
+			return err
+		}
+		if got := review.Status.UserInfo; got.Username != user.Name || len(got.Groups) != 1 || got.Groups[0] != "system:authenticated" {
+			return fmt.Errorf("the cluster takes the holder for %+v", got)
+		}
+		return nil
+	})
+	if again, err := cache.Credential(ctx, "ann", nil); err != nil || again.Certificate != have.Certificate {
+		t.Errorf("a fresh certificate was replaced (%v)", err)
+	}
+
+	// Several machines at once: the User has one name for requests.
+	var wg sync.WaitGroup
+	for range 3 {
+		wg.Go(func() {
+			got, err := first.Renew(ctx, have)
+			if err != nil || got.Certificate == have.Certificate || got.Key == have.Key {
+				t.Errorf("renewed beside others: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	eventually(t, func() error {
+		err := cluster.admin.Get(ctx, client.ObjectKey{Name: tenancy.RenewalPrefix + user.Name}, &certificatesv1.CertificateSigningRequest{})
+		if !apierrors.IsNotFound(err) {
+			return fmt.Errorf("a request was left behind: %w", err)
+		}
+		return nil
+	})
+
+	disable := func(disabled bool) {
+		t.Helper()
+		before := user.DeepCopy()
+		user.Spec.Disabled = disabled
+		if err := cluster.admin.Patch(ctx, user, client.MergeFrom(before)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Disabled: refused at once by the authorizer, and by the controller before that.
+	disable(true)
+	if _, err := first.Renew(ctx, have); !errors.Is(err, login.ErrPersonNeeded) {
+		t.Errorf("a disabled User renewed: %v", err)
+	}
+	eventually(t, func() error {
+		_, err := first.Renew(ctx, have)
+		if err == nil || !strings.Contains(err.Error(), "removed or disabled") && !strings.Contains(err.Error(), "no such User") {
+			return fmt.Errorf("the disabled User still has its role: %w", err)
+		}
+		return nil
+	})
+	disable(false)
+	eventually(t, func() error { _, err := first.Renew(ctx, have); return err })
+
+	// Removed.
+	if err := cluster.admin.Delete(ctx, user); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := first.Renew(ctx, have); !errors.Is(err, login.ErrPersonNeeded) {
+		t.Errorf("a removed User renewed: %v", err)
+	}
+	eventually(t, func() error {
+		err := withCredential(t, have).Get(ctx, client.ObjectKey{Name: tenancy.RenewalPrefix + user.Name}, &certificatesv1.CertificateSigningRequest{})
+		if !apierrors.IsForbidden(err) {
+			return fmt.Errorf("the removed User keeps its role: %w", err)
+		}
+		return nil
+	})
+}
+
+// A User asks for more than its own renewal: the policy refuses what it can see, the
+// controller the rest, which is in the encoded request.
+func TestCertificateForgery(t *testing.T) {
+	ctx := t.Context()
+	newUser(t, "forge-ann")
+	newUser(t, "forge-bob")
+	ann := as(t, "forge-ann")
+	type attempt struct {
+		change func(*certificatesv1.CertificateSigningRequest)
+		pkcs10 *x509.CertificateRequest
+		want   string // part of the refusal, of the policy or of the controller
+	}
+	named := func(n pkix.Name) *x509.CertificateRequest { return &x509.CertificateRequest{Subject: n} }
+	own := named(pkix.Name{CommonName: "forge-ann"})
+	for name, a := range map[string]attempt{
+		"another's request": {func(c *certificatesv1.CertificateSigningRequest) { c.Name = "h8s:user:forge-bob" }, named(pkix.Name{CommonName: "forge-bob"}), "for yourself only"},
+		"a free name":       {func(c *certificatesv1.CertificateSigningRequest) { c.Name = "anything" }, own, "for yourself only"},
+		"a kubelet's signer": {func(c *certificatesv1.CertificateSigningRequest) {
+			c.Spec.SignerName = certificatesv1.KubeletServingSignerName
+		}, own, "correct spec.signerName"},
+		"a longer life":     {func(c *certificatesv1.CertificateSigningRequest) { c.Spec.ExpirationSeconds = ptr.To[int32](7200) }, own, "an hour at most"},
+		"an unlimited life": {func(c *certificatesv1.CertificateSigningRequest) { c.Spec.ExpirationSeconds = nil }, own, "an hour at most"},
+		"a server's usage": {func(c *certificatesv1.CertificateSigningRequest) {
+			c.Spec.Usages = append(c.Spec.Usages, certificatesv1.UsageServerAuth)
+		}, own, "leave the others out"},
+		"another's name":      {nil, named(pkix.Name{CommonName: "forge-bob"}), "must be for the common name"},
+		"a component's name":  {nil, named(pkix.Name{CommonName: "system:kube-controller-manager"}), "must be for the common name"},
+		"system:masters":      {nil, named(pkix.Name{CommonName: "forge-ann", Organization: []string{"system:masters"}}), "system:masters"},
+		"a group":             {nil, named(pkix.Name{CommonName: "forge-ann", Organization: []string{"club"}}), "no organization"},
+		"a second name":       {nil, named(pkix.Name{CommonName: "forge-ann", ExtraNames: []pkix.AttributeTypeAndValue{{Type: []int{2, 5, 4, 3}, Value: "forge-bob"}}}), "must be for the common name"},
+		"an alternative name": {nil, &x509.CertificateRequest{Subject: own.Subject, DNSNames: []string{"kubernetes.default"}}, "no alternative names"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			der, err := x509.CreateCertificateRequest(rand.Reader, a.pkcs10, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			csr := tenancy.Renewal("forge-ann", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+			if a.change != nil {
+				a.change(csr)
+			}
+			if err := ann.Create(ctx, csr); err != nil {
+				wantRefusal(t, err, a.want)
+				return
+			}
+			t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), csr) })
+			eventually(t, func() error {
+				if err := cluster.admin.Get(ctx, client.ObjectKeyFromObject(csr), csr); err != nil {
+					return err
+				}
+				if len(csr.Status.Conditions) == 0 {
+					return errors.New("nobody has judged the request")
+				}
+				return nil
+			})
+			verdict := csr.Status.Conditions[0]
+			if verdict.Type != certificatesv1.CertificateDenied || !strings.Contains(verdict.Message, a.want) {
+				t.Errorf("the controller says %s: %s; want a denial with %q", verdict.Type, verdict.Message, a.want)
+			}
+		})
+	}
+
+	var got certificatesv1.CertificateSigningRequest
+	if err := ann.Get(ctx, client.ObjectKey{Name: "h8s:user:forge-bob"}, &got); !apierrors.IsForbidden(err) {
+		t.Errorf("get of another's request: %v", err)
+	}
+	if err := ann.List(ctx, &certificatesv1.CertificateSigningRequestList{}); !apierrors.IsForbidden(err) {
+		t.Errorf("list of requests: %v", err)
+	}
+	if err := ann.Delete(ctx, &certificatesv1.CertificateSigningRequest{ObjectMeta: metav1.ObjectMeta{Name: "h8s:user:forge-bob"}}); !apierrors.IsForbidden(err) {
+		t.Errorf("delete of another's request: %v", err)
+	}
+	if err := as(t, "forge-nobody").Create(ctx, tenancy.Renewal("forge-nobody", []byte("x"))); !apierrors.IsForbidden(err) {
+		t.Errorf("a request of one who is no User: %v", err)
+	}
+}
+
+// Somebody who has the controller's token makes no certificates of components with it.
+func TestControllerApprovesNothingElse(t *testing.T) {
+	ctx := t.Context()
+	robber := impersonate(t, rest.ImpersonationConfig{UserName: controllerUser, Groups: []string{"system:serviceaccounts", "system:authenticated"}})
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "system:kube-controller-manager"}}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"robbery", "h8s:user:" + controllerUser} {
+		csr := tenancy.Renewal("x", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+		csr.Name = name
+		if err := robber.Create(ctx, csr); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), csr) })
+		eventually(t, func() error {
+			if err := robber.Get(ctx, client.ObjectKeyFromObject(csr), csr); err != nil {
+				return err
+			}
+			csr.Status.Conditions = []certificatesv1.CertificateSigningRequestCondition{{Type: certificatesv1.CertificateApproved, Status: corev1.ConditionTrue, Reason: "Mine"}}
+			err := robber.SubResource("approval").Update(ctx, csr)
+			if apierrors.IsConflict(err) || apierrors.IsInvalid(err) {
+				// The true controller has denied it in the meantime.
+				return cluster.admin.Get(ctx, client.ObjectKeyFromObject(csr), csr)
+			}
+			if err == nil || !strings.Contains(err.Error(), "approves nothing but renewals") {
+				t.Errorf("%s: approval: %v", name, err)
+			}
+			return nil
+		})
+		if err := cluster.admin.Get(ctx, client.ObjectKeyFromObject(csr), csr); err != nil || bytes.Contains(csr.Status.Certificate, []byte("CERTIFICATE")) {
+			t.Errorf("%s: the request was signed (%v)", name, err)
+		}
+	}
+}

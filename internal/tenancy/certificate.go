@@ -1,0 +1,106 @@
+package tenancy
+
+import (
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"slices"
+	"time"
+
+	certificatesv1 "k8s.io/api/certificates/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/utils/ptr"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+)
+
+// CertificateLifetime is how long a User's certificate is valid. Kubernetes cannot
+// take one back, so it is short, and renewed by its holder.
+const CertificateLifetime = time.Hour
+
+// RenewalPrefix begins the name of every request by which a User renews its
+// certificate, and of the ClusterRole by which it may; the User's name follows.
+// Names of Users are DNS names, so that no two Users share one.
+const RenewalPrefix = "h8s:user:"
+
+var renewalUsages = []certificatesv1.KeyUsage{certificatesv1.UsageClientAuth, certificatesv1.UsageDigitalSignature}
+
+// Renewal is the request by which the User renews its certificate; request is PKCS #10, PEM.
+func Renewal(user string, request []byte) *certificatesv1.CertificateSigningRequest {
+	return &certificatesv1.CertificateSigningRequest{
+		ObjectMeta: metav1.ObjectMeta{Name: RenewalPrefix + user},
+		Spec: certificatesv1.CertificateSigningRequestSpec{
+			Request:           request,
+			SignerName:        certificatesv1.KubeAPIServerClientSignerName,
+			ExpirationSeconds: ptr.To(int32(CertificateLifetime / time.Second)),
+			Usages:            slices.Clone(renewalUsages),
+		},
+	}
+}
+
+// CheckRenewal refuses a request that is anything but the User's own renewal: made by
+// the User itself, for its own name, with no group and no other name. User is nil if
+// there is none of the requester's name. The error is a sentence for the requester.
+func CheckRenewal(csr *certificatesv1.CertificateSigningRequest, user *v1alpha1.User) error {
+	spec := &csr.Spec
+	switch {
+	case user == nil || user.Name != spec.Username || user.DeletionTimestamp != nil:
+		return fmt.Errorf("there is no User %q: ask an operator", spec.Username)
+	case user.Spec.Disabled:
+		return fmt.Errorf("the User %q is disabled: ask an operator", user.Name)
+	case csr.Name != RenewalPrefix+user.Name:
+		return fmt.Errorf("a User's request is named %s%s", RenewalPrefix, user.Name)
+	case spec.SignerName != certificatesv1.KubeAPIServerClientSignerName:
+		return fmt.Errorf("a User's certificate is signed by %s only", certificatesv1.KubeAPIServerClientSignerName)
+	case spec.ExpirationSeconds == nil || time.Duration(*spec.ExpirationSeconds)*time.Second > CertificateLifetime:
+		return fmt.Errorf("a User's certificate is valid for %s at most: say so in expirationSeconds", CertificateLifetime)
+	case slices.ContainsFunc(spec.Usages, func(u certificatesv1.KeyUsage) bool { return !slices.Contains(renewalUsages, u) }):
+		return fmt.Errorf("a User's certificate has the usages %v only", renewalUsages)
+	}
+	block, rest := pem.Decode(spec.Request)
+	if block == nil || block.Type != "CERTIFICATE REQUEST" || len(rest) > 0 {
+		return fmt.Errorf("the request is not one PEM block of a certificate request")
+	}
+	request, err := x509.ParseCertificateRequest(block.Bytes)
+	if err != nil {
+		return fmt.Errorf("the request cannot be parsed: %w", err)
+	}
+	if err := request.CheckSignature(); err != nil {
+		return fmt.Errorf("the request is not signed with its own key: %w", err)
+	}
+	// The common name is the API server's user name, an organization a group of it;
+	// whatever else there may be in a subject, nobody needs it.
+	if names := request.Subject.Names; len(names) != 1 || request.Subject.CommonName != user.Name {
+		return fmt.Errorf("the request must be for the common name %q, with no organization or other attribute", user.Name)
+	}
+	if len(request.Extensions) > 0 || len(request.DNSNames)+len(request.EmailAddresses)+len(request.IPAddresses)+len(request.URIs) > 0 {
+		return fmt.Errorf("the request must have no alternative names or other extensions")
+	}
+	return nil
+}
+
+// RenewalRole lets the User make the request that renews its certificate, and read and
+// delete that one only. Whose name the request may have is an admission policy's, because RBAC cannot
+// limit `create` to a name.
+func RenewalRole(user string) rbacv1.ClusterRole {
+	return rbacv1.ClusterRole{
+		ObjectMeta: metav1.ObjectMeta{Name: RenewalPrefix + user, Labels: map[string]string{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy}},
+		Rules: []rbacv1.PolicyRule{
+			{APIGroups: []string{certificatesv1.GroupName}, Resources: []string{"certificatesigningrequests"}, Verbs: []string{"create"}},
+			{
+				APIGroups: []string{certificatesv1.GroupName}, Resources: []string{"certificatesigningrequests"},
+				ResourceNames: []string{RenewalPrefix + user}, Verbs: []string{"get", "delete"},
+			},
+		},
+	}
+}
+
+// RenewalBinding gives the User its RenewalRole. A disabled User has neither.
+func RenewalBinding(user string) rbacv1.ClusterRoleBinding {
+	return rbacv1.ClusterRoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: RenewalPrefix + user, Labels: map[string]string{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy}},
+		RoleRef:    clusterRole(RenewalPrefix + user),
+		Subjects:   []rbacv1.Subject{{Kind: rbacv1.UserKind, APIGroup: rbacv1.GroupName, Name: user}},
+	}
+}
