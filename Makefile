@@ -17,7 +17,7 @@ KUBE_LDFLAGS := -s -w -X k8s.io/component-base/version.gitVersion=$(KUBE_VERSION
 KUBE := kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl
 CONTAINERD := containerd containerd-shim-runc-v2 ctr
 CNI := main/ptp main/bridge main/loopback ipam/host-local meta/portmap
-UPSTREAM := etcd $(KUBE) agnhost $(CONTAINERD) runsc containerd-shim-runsc-v1 runc helm metrics-server $(addprefix cni/,$(notdir $(CNI)))
+UPSTREAM := etcd $(KUBE) agnhost $(CONTAINERD) runsc containerd-shim-runsc-v1 runc helm metrics-server dex $(addprefix cni/,$(notdir $(CNI)))
 E2E := e2e.test ginkgo nnp
 OURS := h8s h8s-controller h8s-node h8s-cni
 IMAGES := pause busybox agnhost h8s
@@ -97,6 +97,10 @@ $(BIN)/helm: upstream/helm/go.mod
 # For the tests: what kubectl top asks.
 $(BIN)/metrics-server: upstream/metrics-server/go.mod
 	$(call step,build metrics-server,cd upstream/metrics-server && $(gobuild) -ldflags '-s -w' -o $@ sigs.k8s.io/metrics-server/cmd/metrics-server)
+
+# For the tests: the OpenID Connect provider.
+$(BIN)/dex: upstream/dex/go.mod upstream/dex/main.go
+	$(call step,build dex,cd upstream/dex && $(gobuild) -ldflags '-s -w' -o $@ .)
 
 $(addprefix $(BIN)/cni/,$(notdir $(CNI))): $(BIN)/cni/%: upstream/cni/go.mod
 	$(call step,build cni/$*,cd upstream/cni && $(gobuild) -ldflags '-s -w' -o $@ github.com/containernetworking/plugins/plugins/$(filter %/$*,$(CNI)))

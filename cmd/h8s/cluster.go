@@ -21,9 +21,14 @@ func newUp() *cobra.Command {
 	resolvers := cmd.Flags().StringSlice("resolver", nil, "DNS resolver (address:port) for the nodes; may be given again (default: the machine's)")
 	noProduct := cmd.Flags().Bool("no-product", false, "plain Kubernetes, without Hypernetes")
 	demo := cmd.Flags().Bool("demo", false, "make two tenants, acme and globex, with a web Service each")
+	oidc := oidcFlags(cmd)
 	bin := binDirFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		dir, err := bin()
+		if err != nil {
+			return err
+		}
+		provider, err := oidc()
 		if err != nil {
 			return err
 		}
@@ -35,6 +40,7 @@ func newUp() *cobra.Command {
 			Nodes:     *nodes,
 			BinDir:    dir,
 			Resolvers: *resolvers,
+			OIDC:      provider,
 			Product:   !*noProduct,
 			Demo:      *demo,
 			Out:       os.Stdout,
@@ -42,6 +48,33 @@ func newUp() *cobra.Command {
 		})
 	}
 	return cmd
+}
+
+// oidcFlags adds the flags of the identity provider; the function returned gives it,
+// nil if none is named.
+func oidcFlags(cmd *cobra.Command) func() (*cluster.OIDC, error) {
+	var o cluster.OIDC
+	flags := cmd.Flags()
+	flags.StringVar(&o.IssuerURL, "oidc-issuer-url", "", "OpenID Connect: issuer whose ID tokens a new cluster believes; its nodes must reach it")
+	flags.StringVar(&o.ClientID, "oidc-client-id", "", "OpenID Connect: client that the tokens must be for")
+	caFile := flags.String("oidc-ca-file", "", "OpenID Connect: file with the CA of the issuer (default: the machine's)")
+	flags.StringVar(&o.UsernameClaim, "oidc-username-claim", "email", "OpenID Connect: claim with the user's name")
+	flags.StringVar(&o.GroupsClaim, "oidc-groups-claim", "groups", "OpenID Connect: claim with the names of groups")
+	flags.StringVar(&o.Prefix, "oidc-username-prefix", "", "OpenID Connect: prefix of all its users and groups, such as oidc: (needed)")
+	cmd.MarkFlagsRequiredTogether("oidc-issuer-url", "oidc-client-id", "oidc-username-prefix")
+	return func() (*cluster.OIDC, error) {
+		if o.IssuerURL == "" {
+			return nil, nil
+		}
+		if *caFile != "" {
+			data, err := os.ReadFile(*caFile)
+			if err != nil {
+				return nil, fmt.Errorf("--oidc-ca-file: %w", err)
+			}
+			o.CA = string(data)
+		}
+		return &o, o.Validate()
+	}
 }
 
 func newDown() *cobra.Command {

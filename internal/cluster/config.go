@@ -68,6 +68,8 @@ type Config struct {
 	// Resolvers (address:port) that the nodes' DNS queries go to; those of the
 	// machine's /etc/resolv.conf if empty.
 	Resolvers []string `json:"resolvers,omitempty"`
+	// OIDC is the identity provider whose people may log in, if there is one.
+	OIDC *OIDC `json:"oidc,omitempty"`
 }
 
 // newConfig lays out a cluster of the given number of nodes in subnet.

@@ -84,6 +84,13 @@ func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
 		files = append(files,
 			file{"kubernetes/pki/sa.pub", 0o644, p.saPub},
 			file{"kubernetes/pki/sa.key", 0o600, p.saKey})
+		if c.OIDC != nil {
+			data, err := c.OIDC.AuthenticationConfiguration()
+			if err != nil {
+				return nil, err
+			}
+			files = append(files, file{"kubernetes/authentication.yaml", 0o644, data})
+		}
 	}
 	for name, cert := range kubeconfigs {
 		data, err := p.kubeconfigFor(c, cert)
@@ -132,6 +139,11 @@ func apiReady(c *Config) endpoint { return endpoint{"https", c.apiServer() + "/r
 func controlPlane(c *Config, n Node) []program {
 	pki := func(f string) string { return nodePKI + "/" + f }
 	conf := func(f string) string { return "/etc/kubernetes/" + f }
+	// It excludes the flags --oidc-* and --anonymous-auth.
+	var authentication []string
+	if c.OIDC != nil {
+		authentication = []string{"--authentication-config=" + conf("authentication.yaml")}
+	}
 	return []program{
 		{
 			name: "etcd",
@@ -155,7 +167,7 @@ func controlPlane(c *Config, n Node) []program {
 		},
 		{
 			name: "kube-apiserver",
-			args: []string{
+			args: append([]string{
 				"--secure-port=" + strconv.Itoa(apiPort),
 				"--advertise-address=" + n.Address.String(),
 				"--etcd-servers=https://127.0.0.1:2379",
@@ -187,7 +199,7 @@ func controlPlane(c *Config, n Node) []program {
 				// in takes turns on those, and not in the queues, which are fair.
 				"--max-requests-inflight=" + strconv.Itoa(50*runtime.NumCPU()),
 				"--max-mutating-requests-inflight=" + strconv.Itoa(25*runtime.NumCPU()),
-			},
+			}, authentication...),
 			needs: []endpoint{{"tcp", "127.0.0.1:2379"}},
 		},
 		{name: "kube-controller-manager", needs: []endpoint{apiReady(c)}, args: []string{

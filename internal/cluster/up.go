@@ -33,6 +33,8 @@ type UpOptions struct {
 	BinDir string
 	// Resolvers (address:port) for the nodes' DNS; the machine's own if empty.
 	Resolvers []string
+	// OIDC is the identity provider of a new cluster, nil for none.
+	OIDC *OIDC
 	// Product says whether to install Hypernetes; without, it is plain Kubernetes.
 	Product bool
 	// Demo says whether to make two tenants to try things with.
@@ -48,6 +50,11 @@ type UpOptions struct {
 func Up(ctx context.Context, o UpOptions) error {
 	if err := ValidateName(o.Name); err != nil {
 		return err
+	}
+	if o.OIDC != nil {
+		if err := o.OIDC.Validate(); err != nil {
+			return err
+		}
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("`h8s up` makes namespaces, links and cgroups: run it as root")
@@ -127,6 +134,8 @@ func (c *Config) honours(o UpOptions, was installed) error {
 			is = "uses the resolvers " + strings.Join(c.Resolvers, ", ")
 		}
 		return refuse(is, "leave --resolver out")
+	case o.OIDC != nil && (c.OIDC == nil || *o.OIDC != *c.OIDC):
+		return refuse("has another identity provider, or none,", "leave the --oidc- flags out")
 	case binDir != c.BinDir:
 		return refuse(fmt.Sprintf("runs the programs in %s, not those in %s,", c.BinDir, binDir), "say --bin-dir "+c.BinDir)
 	case was.Product && !o.Product:
@@ -229,6 +238,7 @@ func createConfig(ctx context.Context, o UpOptions) (*Config, error) {
 	if err != nil {
 		return nil, err
 	}
+	c.OIDC = o.OIDC
 	if err := c.save(); err != nil {
 		return nil, fmt.Errorf("save the cluster's configuration: %w", err)
 	}

@@ -1,0 +1,382 @@
+package login
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/cookiejar"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/net/html"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/util/cert"
+	"sigs.k8s.io/controller-runtime/pkg/envtest"
+
+	"h8s.io/hypernetes/internal/cluster"
+)
+
+const (
+	patience = 30 * time.Second
+	clientID = "h8s"
+	email    = "ann@example.com"
+	password = "password"
+	// bcrypt of it.
+	passwordHash = "$2a$10$2b2cU8CPhOTaGrs1HRQuAueS7JTT5ZHsHSzYiFPm1leZck7Mc8T4W"
+)
+
+func binDir(t *testing.T) string {
+	t.Helper()
+	if dir := os.Getenv("KUBEBUILDER_ASSETS"); dir != "" {
+		return dir
+	}
+	dir, err := filepath.Abs("../../bin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func eventually(t *testing.T, check func() error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	ticker := time.NewTicker(50 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("gave up after %s: %v", patience, err)
+		case <-ticker.C:
+		}
+	}
+}
+
+// dex is a real OpenID Connect provider, on loopback.
+type dex struct {
+	address, issuer, ca string
+	dir                 string
+	cmd                 *exec.Cmd
+	log                 bytes.Buffer
+}
+
+func newDex(t *testing.T) *dex {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	listener.Close()
+	ca, key, err := cert.GenerateSelfSignedCertKey("127.0.0.1", []net.IP{net.IPv4(127, 0, 0, 1)}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &dex{address: address, issuer: "https://" + address + "/dex", ca: string(ca), dir: t.TempDir()}
+	for name, data := range map[string][]byte{"tls.crt": ca, "tls.key": key} {
+		if err := os.WriteFile(filepath.Join(d.dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return d
+}
+
+// start starts it with its memory in a part of the etcd.
+func (d *dex) start(t *testing.T, etcd, namespace string) {
+	t.Helper()
+	config, err := json.Marshal(map[string]any{
+		"issuer": d.issuer, "listen": d.address, "tlsCert": filepath.Join(d.dir, "tls.crt"), "tlsKey": filepath.Join(d.dir, "tls.key"),
+		"clientID": clientID, "idTokens": "10m", "etcd": etcd, "namespace": namespace,
+		"passwords": []map[string]any{{
+			"email": email, "hash": []byte(passwordHash), "username": "ann", "userID": "08a8684b", "groups": []string{"team-a", "system:masters"},
+		}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(d.dir, "config.json")
+	if err := os.WriteFile(path, config, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.cmd = exec.Command(filepath.Join(binDir(t), "dex"), "--config", path)
+	d.cmd.Stdout, d.cmd.Stderr = &d.log, &d.log
+	if err := d.cmd.Start(); err != nil {
+		t.Fatalf("start Dex (`make upstream` builds it): %v", err)
+	}
+	browser, err := httpClient(d.ca)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		response, err := browser.Get(d.issuer + "/.well-known/openid-configuration")
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			return errors.New(response.Status)
+		}
+		return nil
+	})
+}
+
+func (d *dex) stop() {
+	_ = d.cmd.Process.Kill()
+	_ = d.cmd.Wait()
+}
+
+// browser is a person who opens what `h8s login` says and fills in the forms.
+type browser struct {
+	ca   string
+	told string
+	// failed ends the login, which would wait for an approval that does not come.
+	failed context.CancelCauseFunc
+}
+
+// browse is a browser, and a context for what waits for it.
+func browse(ctx context.Context, ca string) (context.Context, *browser) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	return ctx, &browser{ca: ca, failed: cancel}
+}
+
+func (b *browser) Ask(context.Context, string, bool) (string, error) {
+	return "", errors.New("nothing is asked on the terminal in the device flow")
+}
+
+func (b *browser) Tell(message string) {
+	b.told = message
+	go func() {
+		if err := b.approve(regexp.MustCompile(`https://\S+`).FindString(message)); err != nil {
+			b.failed(err)
+		}
+	}()
+}
+
+func (b *browser) approve(address string) error {
+	client, err := httpClient(b.ca)
+	if err != nil {
+		return err
+	}
+	if client.Jar, err = cookiejar.New(nil); err != nil {
+		return err
+	}
+	response, err := client.Get(address)
+	for page := 0; page < 8; page++ {
+		if err != nil {
+			return err
+		}
+		body, err2 := io.ReadAll(response.Body)
+		response.Body.Close()
+		if err2 != nil {
+			return err2
+		}
+		if response.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s says %s: %s", response.Request.URL, response.Status, body)
+		}
+		action, fields, err2 := form(body)
+		if err2 != nil {
+			return err2
+		}
+		if fields == nil {
+			return nil // the last page says that it is done
+		}
+		if _, ok := fields["login"]; ok {
+			fields.Set("login", email)
+			fields.Set("password", password)
+		}
+		target, err2 := response.Request.URL.Parse(action)
+		if err2 != nil {
+			return err2
+		}
+		response, err = client.PostForm(target.String(), fields)
+	}
+	return errors.New("the provider asks on and on")
+}
+
+// form is the first form of an HTML page, as it would be sent.
+func form(page []byte) (action string, fields url.Values, err error) {
+	root, err := html.Parse(bytes.NewReader(page))
+	if err != nil {
+		return "", nil, err
+	}
+	attribute := func(n *html.Node, key string) string {
+		for _, a := range n.Attr {
+			if a.Key == key {
+				return a.Val
+			}
+		}
+		return ""
+	}
+	var found *html.Node
+	for n := range root.Descendants() {
+		switch {
+		case n.Type != html.ElementNode:
+		case n.Data == "form" && found == nil:
+			found, action, fields = n, attribute(n, "action"), url.Values{}
+		case n.Data == "input" && found != nil && isIn(n, found) && attribute(n, "type") != "checkbox":
+			fields.Set(attribute(n, "name"), attribute(n, "value"))
+		}
+	}
+	return action, fields, nil
+}
+
+func isIn(n, ancestor *html.Node) bool {
+	return slices.Contains(slices.Collect(n.Ancestors()), ancestor)
+}
+
+// TestOIDC logs in with the device flow of a real provider, to a real API server with
+// the configuration that `h8s up --oidc-…` renders.
+func TestOIDC(t *testing.T) {
+	ctx := t.Context()
+	provider := newDex(t)
+	trust := cluster.OIDC{IssuerURL: provider.issuer, ClientID: clientID, CA: provider.ca, UsernameClaim: "email", GroupsClaim: "groups", Prefix: "oidc:"}
+	if err := trust.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	rendered, err := trust.AuthenticationConfiguration()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "authentication.yaml")
+	if err := os.WriteFile(path, rendered, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	env := &envtest.Environment{BinaryAssetsDirectory: binDir(t), ControlPlaneStopTimeout: time.Minute}
+	env.ControlPlane.GetAPIServer().Configure().Set("authentication-config", path)
+	config, err := env.Start()
+	if err != nil {
+		t.Fatalf("start etcd and kube-apiserver: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := env.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	etcd := env.ControlPlane.Etcd.URL.String()
+	provider.start(t, etcd, "first/")
+	t.Cleanup(provider.stop)
+
+	cache := Cache(filepath.Join(t.TempDir(), "h8s"))
+	session := Session{OIDC: &OIDC{Issuer: provider.issuer, ClientID: clientID, CA: provider.ca, Scopes: []string{"email", "groups"}}}
+	waits, person := browse(ctx, provider.ca)
+	if err := cache.Login(waits, "ann/dex", session, person); err != nil {
+		t.Fatalf("%v (%v); told: %q", err, context.Cause(waits), person.told)
+	}
+	checkModes(t, string(cache))
+
+	token := func() string {
+		t.Helper()
+		got, err := cache.Credential(ctx, "ann/dex", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got.Token
+	}
+	first := token()
+	checkWhoAmI(t, config, first)
+	if token() != first {
+		t.Error("a token that is good for minutes was replaced")
+	}
+
+	// Near its end: several kubectls at once renew it once; each refresh token is taken
+	// once only.
+	age(t, cache, "ann/dex", time.Hour)
+	renewed := make([]string, 8)
+	var wg sync.WaitGroup
+	for i := range renewed {
+		wg.Go(func() { renewed[i] = token() })
+	}
+	wg.Wait()
+	if got := slices.Compact(slices.Clone(renewed)); len(got) != 1 || got[0] == first {
+		t.Errorf("renewed to %d tokens", len(got))
+	}
+	checkWhoAmI(t, config, renewed[0])
+
+	// The provider is gone: what is left of the token is used.
+	provider.stop()
+	age(t, cache, "ann/dex", time.Hour)
+	if token() != renewed[0] {
+		t.Error("another token, and the provider is down")
+	}
+	// It is back and knows nothing of the refresh token; the token's end has come.
+	provider.start(t, etcd, "second/")
+	age(t, cache, "ann/dex", 24*time.Hour)
+	if got, err := cache.Credential(ctx, "ann/dex", nil); err == nil || !errors.Is(err, ErrPersonNeeded) || !strings.Contains(err.Error(), "run `h8s login`") {
+		t.Errorf("credential %v, error %v; want one sentence about `h8s login`", got, err)
+	}
+	// With a terminal, kubectl's plugin asks.
+	waits, person = browse(ctx, provider.ca)
+	if got, err := cache.Credential(waits, "ann/dex", person); err != nil || got.Token == "" {
+		t.Errorf("with somebody to ask: %v (%v)", err, context.Cause(waits))
+	}
+
+	if err := cache.Logout(ctx, "ann/dex"); err != nil {
+		t.Errorf("logout: %v", err)
+	}
+	if _, err := cache.Credential(ctx, "ann/dex", nil); err == nil || !strings.Contains(err.Error(), "run `h8s login`") {
+		t.Errorf("after the logout: %v", err)
+	}
+	if err := cache.Logout(ctx, "ann/dex"); err != nil {
+		t.Errorf("a second logout: %v", err)
+	}
+}
+
+// checkWhoAmI wants the provider's claims, with the prefix: a group called
+// system:masters there is nothing here.
+func checkWhoAmI(t *testing.T, admin *rest.Config, token string) {
+	t.Helper()
+	config := rest.AnonymousClientConfig(admin)
+	config.BearerToken = token
+	kube, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error { // the API server fetches the issuer's keys in the background
+		review, err := kube.AuthenticationV1().SelfSubjectReviews().Create(t.Context(), &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{})
+		if err != nil {
+			return err
+		}
+		user := review.Status.UserInfo
+		slices.Sort(user.Groups)
+		if want := []string{"oidc:system:masters", "oidc:team-a", "system:authenticated"}; user.Username != "oidc:"+email || !slices.Equal(user.Groups, want) {
+			t.Errorf("the cluster takes the holder for %q in %q, want %q in %q", user.Username, user.Groups, "oidc:"+email, want)
+		}
+		return nil
+	})
+}
+
+// age makes the session's credential as old as if it had been got that much earlier.
+func age(t *testing.T, cache Cache, name string, by time.Duration) {
+	t.Helper()
+	s, err := cache.load(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if by >= 24*time.Hour {
+		s.Credential.Expires = time.Now().Add(-time.Minute)
+	}
+	s.Credential.Renew = time.Now().Add(-by)
+	if err := cache.save(name, s); err != nil {
+		t.Fatal(err)
+	}
+}
