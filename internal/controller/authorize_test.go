@@ -446,7 +446,7 @@ func TestTenantLabel(t *testing.T) {
 
 // What is no proper SubjectAccessReview gets no answer that could be taken for one.
 func TestAuthorizerInput(t *testing.T) {
-	reader := client.Client(cluster.admin)
+	reader := cluster.admin
 	for name, tt := range map[string]struct {
 		method, body string
 		want         int
