@@ -1,5 +1,5 @@
 // Package v1alpha1 holds the kinds of the API group h8s.io: Tenant, User,
-// Network and Block. All are cluster-scoped. The package has types, markers and
+// Network, Block and QuotaLedger. All are cluster-scoped. The package has types, markers and
 // names, and no logic.
 //
 // +kubebuilder:object:generate=true
@@ -22,6 +22,7 @@ func AddToScheme(s *runtime.Scheme) error {
 		&User{}, &UserList{},
 		&Network{}, &NetworkList{},
 		&Block{}, &BlockList{},
+		&QuotaLedger{}, &QuotaLedgerList{},
 	)
 	metav1.AddToGroupVersion(s, GroupVersion)
 	return nil

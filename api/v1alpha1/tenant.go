@@ -122,8 +122,9 @@ type TenantQuota struct {
 	// Networks is how many Networks the tenant may have.
 	// +kubebuilder:validation:Minimum=0
 	Networks *int32 `json:"networks,omitempty"`
-	// Hard has the resource names and meaning of a ResourceQuota's hard, in
-	// each namespace of the tenant.
+	// Hard has the resource names and meaning of a ResourceQuota's hard, as a
+	// total of all namespaces of the tenant.
+	// +kubebuilder:validation:MaxProperties=64
 	Hard corev1.ResourceList `json:"hard,omitempty"`
 }
 
@@ -141,11 +142,22 @@ type TenantStatus struct {
 	// +listType=map
 	// +listMapKey=uid
 	Reservations []Reservation `json:"reservations,omitempty"`
+	// Quota is what quota.hard allows and how much of it is used.
+	Quota *TenantQuotaStatus `json:"quota,omitempty"`
 	// Conditions: Ready, MembersReady, NetworkReady, QuotaReady; Deleting while
 	// the Tenant goes away.
 	// +listType=map
 	// +listMapKey=type
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// TenantQuotaStatus is brought up to date every few seconds. Admission does not
+// decide by it, but by what is the case.
+type TenantQuotaStatus struct {
+	// Hard is the quota in force.
+	Hard corev1.ResourceList `json:"hard,omitempty"`
+	// Used is what the tenant's objects use of it.
+	Used corev1.ResourceList `json:"used,omitempty"`
 }
 
 // Reservation is a place in the quota that one namespace takes while it is being created.

@@ -27,6 +27,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 	"sigs.k8s.io/controller-runtime/pkg/webhook/authentication"
@@ -99,8 +100,17 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 	}
 	infrastructure := infrastructure{reader: mgr.GetClient(), fixed: fixed}
 	objects := objects{Client: mgr.GetClient(), live: mgr.GetAPIReader()}
+	accounts, err := newAccounts(mgr.GetConfig(), mgr.GetClient())
+	if err != nil {
+		return err
+	}
+	for _, runnable := range []manager.Runnable{accounts, accounts.feeds} {
+		if err := mgr.Add(runnable); err != nil {
+			return fmt.Errorf("add the quotas: %w", err)
+		}
+	}
 	for name, setup := range map[string]func(ctrl.Manager) error{
-		"tenant":    (&tenantReconciler{objects}).setup,
+		"tenant":    (&tenantReconciler{objects, accounts}).setup,
 		"network":   (&networkReconciler{objects, infrastructure}).setup,
 		"namespace": (&namespaceReconciler{objects, mgr.GetEventRecorder("h8s-controller")}).setup,
 		"user":      (&userReconciler{objects}).setup,
@@ -114,6 +124,7 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 	server := mgr.GetWebhookServer()
 	server.Register("/mutate-namespace", &admission.Webhook{Handler: &namespaceWebhook{objects, decoder}})
 	server.Register("/validate-namespace", &admission.Webhook{Handler: newQuotaWebhook(objects, decoder)})
+	server.Register("/validate-usage", &admission.Webhook{Handler: &usageWebhook{accounts}})
 	server.Register("/validate-network", &admission.Webhook{Handler: &networkWebhook{objects, infrastructure, decoder}})
 	server.Register(AuthorizePath, &authorizer{mgr.GetClient()})
 	if opts.Tokens != nil {

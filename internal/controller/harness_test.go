@@ -52,6 +52,7 @@ var cluster struct {
 	env    *envtest.Environment
 	scheme *runtime.Scheme
 	admin  client.Client
+	hooks  *envtest.WebhookInstallOptions
 }
 
 func TestMain(m *testing.M) {
@@ -125,6 +126,7 @@ func start(ctx context.Context) (stop func() error, err error) {
 	}
 	stops = append(stops, stopKCM)
 
+	cluster.hooks = hooks
 	if err := installChart(ctx, bin, filepath.Join(root, "deploy/h8s"), hooks); err != nil {
 		return stop, err
 	}

@@ -6,7 +6,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
@@ -25,7 +24,7 @@ import (
 const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
 // namespaceReconciler keeps in each namespace of a tenant what binds it to the
-// tenant: labels, RoleBindings, ResourceQuota.
+// tenant: labels and RoleBindings.
 type namespaceReconciler struct {
 	objects
 	events events.EventRecorder
@@ -38,7 +37,6 @@ func (r *namespaceReconciler) setup(mgr ctrl.Manager) error {
 	return ctrl.NewControllerManagedBy(mgr).Named("namespace").
 		For(&corev1.Namespace{}).
 		Watches(&rbacv1.RoleBinding{}, inNamespace).
-		Watches(&corev1.ResourceQuota{}, inNamespace).
 		Watches(&v1alpha1.Tenant{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, obj client.Object) []reconcile.Request {
 			return r.namespacesOf(ctx, obj.GetName())
 		})).
@@ -110,7 +108,7 @@ func (r *namespaceReconciler) ensure(ctx context.Context, ns *corev1.Namespace) 
 	if err := r.checkNetwork(ctx, ns, &t); err != nil {
 		return err
 	}
-	return r.ensureQuota(ctx, ns, &t)
+	return r.dropQuota(ctx, ns.Name)
 }
 
 // leave takes away what we made in a namespace that is no tenant's any more.
@@ -127,7 +125,7 @@ func (r *namespaceReconciler) leave(ctx context.Context, ns *corev1.Namespace) e
 	if err := r.ensureBindings(ctx, ns.Name, nil); err != nil {
 		return err
 	}
-	return r.ensureQuota(ctx, ns, &v1alpha1.Tenant{})
+	return r.dropQuota(ctx, ns.Name)
 }
 
 func (r *namespaceReconciler) ensureBindings(ctx context.Context, namespace string, want []rbacv1.RoleBinding) error {
@@ -192,37 +190,16 @@ func (r *namespaceReconciler) ensureServices(ctx context.Context, ns *corev1.Nam
 	return nil
 }
 
-// ensureQuota keeps the ResourceQuota of the tenant's spec.quota.hard.
-func (r *namespaceReconciler) ensureQuota(ctx context.Context, ns *corev1.Namespace, t *v1alpha1.Tenant) error {
+// dropQuota removes the ResourceQuota that earlier versions made in each namespace:
+// a tenant's quota is a total now.
+func (r *namespaceReconciler) dropQuota(ctx context.Context, namespace string) error {
 	var have corev1.ResourceQuota
-	err := r.Get(ctx, client.ObjectKey{Namespace: ns.Name, Name: tenancy.QuotaName}, &have)
+	err := r.Get(ctx, client.ObjectKey{Namespace: namespace, Name: tenancy.QuotaName}, &have)
+	if err == nil {
+		err = r.remove(ctx, &have)
+	}
 	if client.IgnoreNotFound(err) != nil {
-		return fmt.Errorf("get the ResourceQuota: %w", err)
-	}
-	exists := err == nil
-	if len(t.Spec.Quota.Hard) == 0 {
-		if !exists {
-			return nil
-		}
-		return r.remove(ctx, &have)
-	}
-	want := corev1.ResourceQuota{
-		ObjectMeta: metav1.ObjectMeta{Namespace: ns.Name, Name: tenancy.QuotaName, Labels: tenancy.ObjectLabels(t.Name)},
-		Spec:       corev1.ResourceQuotaSpec{Hard: t.Spec.Quota.Hard},
-	}
-	var known client.Object
-	if exists {
-		if equality.Semantic.DeepEqual(have.Spec, want.Spec) && equality.Semantic.DeepEqual(have.Labels, want.Labels) {
-			return nil
-		}
-		known = &have
-	}
-	if err := r.write(ctx, &want, known); err != nil {
-		if apierrors.IsInvalid(err) { // trying again would not help
-			r.warn(ns, "QuotaInvalid", "the Tenant %s has a spec.quota.hard that Kubernetes refuses: %v", t.Name, err)
-			return reconcile.TerminalError(err)
-		}
-		return fmt.Errorf("make the ResourceQuota: %w", err)
+		return fmt.Errorf("remove the ResourceQuota %s: %w", tenancy.QuotaName, err)
 	}
 	return nil
 }

@@ -6,12 +6,12 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	flowcontrolv1 "k8s.io/api/flowcontrol/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -21,14 +21,19 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/quota"
 	"h8s.io/hypernetes/internal/tenancy"
 )
 
 // tenantReconciler makes what a Tenant has outside its namespaces, sums up what
 // the other reconcilers have done, and takes everything away in the right order.
-type tenantReconciler struct{ objects }
+type tenantReconciler struct {
+	objects
+	accounts *accounts
+}
 
 func (r *tenantReconciler) setup(mgr ctrl.Manager) error {
 	byLabel := handler.EnqueueRequestsFromMapFunc(requestLabelled(v1alpha1.LabelTenant))
@@ -38,7 +43,7 @@ func (r *tenantReconciler) setup(mgr ctrl.Manager) error {
 		Watches(&rbacv1.RoleBinding{}, byLabel).
 		Watches(&rbacv1.ClusterRole{}, byLabel).
 		Watches(&rbacv1.ClusterRoleBinding{}, byLabel).
-		Watches(&corev1.ResourceQuota{}, byLabel).
+		WatchesRawSource(source.Channel(r.accounts.changed, &handler.EnqueueRequestForObject{})).
 		Watches(&flowcontrolv1.FlowSchema{}, byLabel, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&v1alpha1.Network{}, handler.EnqueueRequestsFromMapFunc(func(_ context.Context, obj client.Object) []reconcile.Request {
 			return []reconcile.Request{request(obj.(*v1alpha1.Network).Spec.Tenant)}
@@ -235,29 +240,29 @@ func (r *tenantReconciler) membersReady(ctx context.Context, t *v1alpha1.Tenant,
 	return condition{v1alpha1.ConditionMembersReady, true, "MembersBound", fmt.Sprintf("%d members are bound in %d namespaces", len(t.Spec.Members), len(namespaces))}, nil
 }
 
-// quotaReady says whether every namespace has the ResourceQuota of spec.quota.hard.
+// quotaReady puts the quota into force and says whether the tenant keeps within it.
 func (r *tenantReconciler) quotaReady(ctx context.Context, t *v1alpha1.Tenant, namespaces []corev1.Namespace) (condition, error) {
-	var quotas corev1.ResourceQuotaList
-	if err := r.List(ctx, &quotas, client.MatchingLabels(tenancy.ObjectLabels(t.Name))); err != nil {
-		return condition{}, fmt.Errorf("list ResourceQuotas: %w", err)
+	no := func(reason, format string, args ...any) (condition, error) {
+		return condition{v1alpha1.ConditionQuotaReady, false, reason, fmt.Sprintf(format, args...)}, nil
 	}
-	have := map[string]corev1.ResourceList{}
-	for _, q := range quotas.Items {
-		if q.Name == tenancy.QuotaName {
-			have[q.Namespace] = q.Spec.Hard
+	hard := t.Spec.Quota.Hard
+	if len(hard) == 0 {
+		t.Status.Quota = nil
+	} else {
+		status, err := r.accounts.enforce(ctx, t)
+		if err != nil {
+			return condition{}, err
 		}
-	}
-	var waiting []string
-	for _, ns := range namespaces {
-		if ns.DeletionTimestamp == nil && !equality.Semantic.DeepEqual(have[ns.Name], t.Spec.Quota.Hard) {
-			waiting = append(waiting, ns.Name)
+		t.Status.Quota = status
+		if err := quota.Check(hard); err != nil {
+			return no("Unknown", "%v; the rest of the quota is in force", err)
 		}
-	}
-	if len(waiting) > 0 {
-		return condition{v1alpha1.ConditionQuotaReady, false, "Quota", "spec.quota.hard is not in force yet in the namespaces " + some(waiting) + "; their events tell why if it stays so"}, nil
+		if over := quota.Over(hard, status.Used); len(over) > 0 {
+			return no("OverQuota", "the tenant uses %s: delete some, or raise spec.quota.hard", strings.Join(over, ", "))
+		}
 	}
 	if limit := t.Spec.Quota.Namespaces; limit != nil && len(namespaces) > int(*limit) {
-		return condition{v1alpha1.ConditionQuotaReady, false, "OverQuota", fmt.Sprintf("the tenant has %d namespaces and may have %d: delete some, or raise spec.quota.namespaces", len(namespaces), *limit)}, nil
+		return no("OverQuota", "the tenant has %d namespaces and may have %d: delete some, or raise spec.quota.namespaces", len(namespaces), *limit)
 	}
 	return condition{v1alpha1.ConditionQuotaReady, true, "QuotaInForce", "the quota is in force"}, nil
 }
@@ -297,6 +302,7 @@ func (r *tenantReconciler) finalize(ctx context.Context, t *v1alpha1.Tenant) err
 	for _, name := range []string{tenancy.MemberRoleName(t.Name), tenancy.CreatorBindingName(t.Name)} {
 		bindings = append(bindings, &rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: name}})
 	}
+	bindings = append(bindings, &v1alpha1.QuotaLedger{ObjectMeta: metav1.ObjectMeta{Name: t.Name}})
 	for _, obj := range append(bindings, &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: tenancy.MemberRoleName(t.Name)}}) {
 		if err := client.IgnoreNotFound(r.Delete(ctx, obj)); err != nil {
 			return fmt.Errorf("delete %s: %w", obj.GetName(), err)

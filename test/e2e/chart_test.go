@@ -208,8 +208,8 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 			t.Errorf("labels of nodes: %s", labels)
 		}
 		// The kinds stay, and nothing else does.
-		if crds := strings.Fields(kubectl(t, admin, "get", "crd", "-o", "name")); len(crds) != 4 {
-			t.Errorf("kinds: %v, want our four", crds)
+		if crds := strings.Fields(kubectl(t, admin, "get", "crd", "-o", "name")); len(crds) != 5 {
+			t.Errorf("kinds: %v, want our five", crds)
 		}
 		left := kubectl(t, admin, "get", "tenants,networks,blocks,validatingadmissionpolicies,mutatingadmissionpolicies,validatingwebhookconfigurations,mutatingwebhookconfigurations,runtimeclasses", "-o", "name")
 		left += kubectl(t, admin, "get", "all,secrets,serviceaccounts", "-n", "h8s-system", "-o", "name", "--selector=app.kubernetes.io/name=h8s")

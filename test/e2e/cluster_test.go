@@ -80,8 +80,9 @@ func TestKinds(t *testing.T) {
 			".spec.egress": "may reach outside",
 			".status.id":   "number of the Network on the wire",
 		}},
-		"users":  {"", []string{"NAME", "DISPLAY NAME", "DISABLED", "TENANTS", "AGE"}, map[string]string{".spec.disabled": "takes away every access"}},
-		"blocks": {"", []string{"NAME", "NETWORK", "CIDR", "NODE", "AGE"}, map[string]string{"": "slice of a Network"}},
+		"users":        {"", []string{"NAME", "DISPLAY NAME", "DISABLED", "TENANTS", "AGE"}, map[string]string{".spec.disabled": "takes away every access"}},
+		"blocks":       {"", []string{"NAME", "NETWORK", "CIDR", "NODE", "AGE"}, map[string]string{"": "slice of a Network"}},
+		"quotaledgers": {"ql", []string{"NAME", "GENERATION", "AGE"}, map[string]string{"": "keeps the quota of the Tenant", ".spec.reservations": "may not exist yet"}},
 	} {
 		t.Run(kind, func(t *testing.T) {
 			for path, want := range test.fields {
@@ -220,7 +221,7 @@ func TestKill(t *testing.T) {
 		// It works, and does not only run.
 		kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", `{"spec":{"quota":{"hard":{"configmaps":"77"}}}}`)
 		eventually(t, func() error {
-			out, err := try(tn.owner, "get", "quota", "-n", tn.ns, "-o", "jsonpath={.items[*].spec.hard.configmaps}")
+			out, err := try(admin, "get", "tenant", tn.name, "-o", "jsonpath={.status.quota.hard.configmaps}")
 			if out != "77" {
 				return fmt.Errorf("the quota has not arrived: %q, %w", out, err)
 			}

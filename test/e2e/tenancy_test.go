@@ -639,6 +639,7 @@ func testServiceAccount(t *testing.T, acme, globex tenant) {
 		{"get", "tenants"},
 		{"get", "networks"},
 		{"get", "blocks"},
+		{"get", "quotaledgers"},
 		{"create", "namespace", "tenancy-x"},
 	} {
 		out, err := as(args...)

@@ -1,0 +1,377 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/utils/clock"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/log"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/quota"
+)
+
+const (
+	// claimTTL is how long an object counts that was admitted and cannot be seen.
+	// The API server gives up on a request after 34 seconds; the rest is for
+	// clocks that differ.
+	claimTTL = time.Minute
+	// commitTimeout bounds one group of claims, a little under the webhook's own timeout.
+	commitTimeout = 8 * time.Second
+	// sweepInterval is how often ledgers are settled that nobody writes, and
+	// Tenants' status.quota is brought up to date.
+	sweepInterval = 5 * time.Second
+)
+
+// accounts keeps the quotas of tenants, together with those of the other replicas.
+// Claims on one tenant that come while its ledger is being written wait and are
+// written together, so that a crowd costs hardly more writes than one.
+type accounts struct {
+	cached client.Reader
+	// direct asks the API server, and does not wait for the reconcilers' rate limit.
+	direct client.Client
+	view   *quota.View
+	feeds  *feeds
+	clock  clock.PassiveClock
+	// changed tells the tenant reconciler which Tenants to look at again.
+	changed chan event.GenericEvent
+
+	mu    sync.Mutex
+	lines map[string]*line
+}
+
+// line is the claims on one tenant, in this process.
+type line struct {
+	waiting []*pending
+	busy    bool
+	// ledger is as it was last read or written here, nil if that is not known.
+	// Only who has set busy may touch it.
+	ledger *v1alpha1.QuotaLedger
+}
+
+type pending struct {
+	quota.Claim
+	tenant *v1alpha1.Tenant
+	answer chan error
+}
+
+func newAccounts(config *rest.Config, cached client.Client) (*accounts, error) {
+	config = rest.CopyConfig(config)
+	config.QPS = -1
+	direct, err := client.New(config, client.Options{Scheme: cached.Scheme(), Mapper: cached.RESTMapper()})
+	if err != nil {
+		return nil, fmt.Errorf("make a client of quotas: %w", err)
+	}
+	view := quota.NewView(time.Now)
+	feeds, err := newFeeds(config, view)
+	if err != nil {
+		return nil, err
+	}
+	return &accounts{
+		cached: cached, direct: direct, view: view, feeds: feeds, clock: clock.RealClock{},
+		changed: make(chan event.GenericEvent), lines: map[string]*line{},
+	}, nil
+}
+
+// reserve takes from the tenant's quota what the claim needs, or says in an
+// *quota.ExceededError why not. Other errors are ours.
+func (a *accounts) reserve(ctx context.Context, t *v1alpha1.Tenant, claim quota.Claim) error {
+	if err := a.feeds.sync(ctx, quota.Namespaces, claim.Resource); err != nil {
+		return err
+	}
+	p := &pending{Claim: claim, tenant: t, answer: make(chan error, 1)}
+	a.mu.Lock()
+	l := a.lines[t.Name]
+	if l == nil {
+		l = &line{}
+		a.lines[t.Name] = l
+	}
+	l.waiting = append(l.waiting, p)
+	turn := !l.busy
+	l.busy = true
+	a.mu.Unlock()
+	if turn {
+		// Not under ctx: it is one client's, and the group may be of many.
+		go a.serve(context.WithoutCancel(ctx), l)
+	}
+	select {
+	case err := <-p.answer:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the quota of the Tenant %s, try again: %w", t.Name, ctx.Err())
+	}
+}
+
+// serve answers groups of claims until none is left.
+func (a *accounts) serve(ctx context.Context, l *line) {
+	for {
+		a.mu.Lock()
+		group := l.waiting
+		l.waiting = nil
+		if len(group) == 0 {
+			l.busy = false
+			a.mu.Unlock()
+			return
+		}
+		a.mu.Unlock()
+		errs, err := a.commit(ctx, l, group)
+		for i, p := range group {
+			if err != nil {
+				p.answer <- err
+			} else {
+				p.answer <- errs[i]
+			}
+		}
+	}
+}
+
+// commit decides about the group and writes the ledger. A grant counts once it is
+// written. A refusal counts if the ledger was not written since it was read.
+func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]error, error) {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	defer cancel()
+	tenant := group[0].tenant
+	claims := make([]quota.Claim, len(group))
+	for i, p := range group {
+		claims[i] = p.Claim
+		if p.tenant.Generation > tenant.Generation {
+			tenant = p.tenant
+		}
+	}
+	for {
+		fresh := l.ledger == nil
+		if fresh {
+			var err error
+			if l.ledger, err = a.ledger(ctx, tenant); err != nil {
+				return nil, err
+			}
+		}
+		next := l.ledger.DeepCopy()
+		adopt(next, tenant)
+		moved := a.view.Moved()
+		d := a.view.Decide(tenant.Name, &next.Spec, claims, a.clock.Now().Add(claimTTL))
+		refused := false
+		behind := false
+		for _, err := range d.Errs {
+			refused = refused || err != nil
+			behind = behind || errors.Is(err, quota.ErrBehind)
+		}
+		switch {
+		case behind:
+			// Another replica has seen more than this one. It comes.
+			select {
+			case <-moved:
+				continue
+			case <-ctx.Done():
+				return nil, fmt.Errorf("the quota of the Tenant %s: %w", tenant.Name, quota.ErrBehind)
+			}
+		case d.Reserved:
+			err := a.direct.Update(ctx, next)
+			switch {
+			case err == nil:
+				l.ledger = next
+				return d.Errs, nil
+			case apierrors.IsConflict(err), apierrors.IsNotFound(err):
+				l.ledger = nil
+				continue
+			}
+			l.ledger = nil
+			return nil, fmt.Errorf("write the quota of the Tenant %s, try again: %w", tenant.Name, err)
+		case refused && !fresh:
+			l.ledger = nil
+			continue
+		}
+		return d.Errs, nil
+	}
+}
+
+// ledger reads the tenant's ledger, and makes it if there is none.
+func (a *accounts) ledger(ctx context.Context, t *v1alpha1.Tenant) (*v1alpha1.QuotaLedger, error) {
+	for {
+		var l v1alpha1.QuotaLedger
+		err := a.direct.Get(ctx, client.ObjectKey{Name: t.Name}, &l)
+		switch {
+		case err == nil && metav1.IsControlledBy(&l, t):
+			return &l, nil
+		case err == nil: // of an earlier Tenant of that name, or ours is the earlier one
+			var live v1alpha1.Tenant
+			if err := a.direct.Get(ctx, client.ObjectKey{Name: t.Name}, &live); err != nil || live.UID != t.UID {
+				return nil, fmt.Errorf("the Tenant %s is not known yet, try again: %w", t.Name, err)
+			}
+			if err := a.direct.Delete(ctx, &l, client.Preconditions{UID: &l.UID}); client.IgnoreNotFound(err) != nil && !apierrors.IsConflict(err) {
+				return nil, fmt.Errorf("delete the QuotaLedger of an earlier Tenant %s: %w", t.Name, err)
+			}
+		case !apierrors.IsNotFound(err):
+			return nil, fmt.Errorf("get the QuotaLedger %s: %w", t.Name, err)
+		}
+		l = v1alpha1.QuotaLedger{ObjectMeta: metav1.ObjectMeta{
+			Name:            t.Name,
+			OwnerReferences: []metav1.OwnerReference{*metav1.NewControllerRef(t, v1alpha1.GroupVersion.WithKind("Tenant"))},
+		}}
+		adopt(&l, t)
+		err = a.direct.Create(ctx, &l)
+		if err == nil {
+			return &l, nil
+		}
+		if !apierrors.IsAlreadyExists(err) {
+			return nil, fmt.Errorf("make the QuotaLedger %s: %w", t.Name, err)
+		}
+	}
+}
+
+// adopt puts the Tenant's quota into force, unless a newer one is. It says whether anything changed.
+func adopt(l *v1alpha1.QuotaLedger, t *v1alpha1.Tenant) bool {
+	if l.Spec.TenantGeneration >= t.Generation {
+		return false
+	}
+	l.Spec.TenantGeneration, l.Spec.Hard = t.Generation, t.Spec.Quota.Hard
+	return true
+}
+
+// enforce puts the Tenant's quota into force and returns what is used of it.
+func (a *accounts) enforce(ctx context.Context, t *v1alpha1.Tenant) (*v1alpha1.TenantQuotaStatus, error) {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	defer cancel()
+	if err := a.feeds.sync(ctx, append(quota.Bounds(t.Spec.Quota.Hard), quota.Namespaces)...); err != nil {
+		return nil, err
+	}
+	// Once it is in force, only a change of the Tenant can change that.
+	if in := t.Status.Quota; in == nil || t.Status.ObservedGeneration != t.Generation {
+		l, err := a.ledger(ctx, t)
+		if err != nil {
+			return nil, err
+		}
+		if adopt(l, t) {
+			if err := a.direct.Update(ctx, l); err != nil {
+				return nil, fmt.Errorf("put the quota of the Tenant %s into force: %w", t.Name, err)
+			}
+		}
+	}
+	return &v1alpha1.TenantQuotaStatus{Hard: t.Spec.Quota.Hard, Used: a.view.Used(t.Name, t.Spec.Quota.Hard)}, nil
+}
+
+// NeedLeaderElection implements manager.LeaderElectionRunnable: one who settles is enough.
+func (*accounts) NeedLeaderElection() bool { return true }
+
+// Start implements manager.Runnable: it sweeps now and then.
+func (a *accounts) Start(ctx context.Context) error {
+	ticker := time.NewTicker(sweepInterval)
+	defer ticker.Stop()
+	for {
+		if err := a.sweep(ctx); err != nil && ctx.Err() == nil {
+			log.FromContext(ctx).Error(err, "settle the quotas of tenants; tried again in a moment")
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+// sweep settles every ledger, removes those of tenants without a quota, and has the
+// status written of tenants that use more or less than it says.
+func (a *accounts) sweep(ctx context.Context) error {
+	var tenants v1alpha1.TenantList
+	if err := a.cached.List(ctx, &tenants); err != nil {
+		return fmt.Errorf("list Tenants: %w", err)
+	}
+	var ledgers v1alpha1.QuotaLedgerList
+	// From the API server's cache: whoever writes what is old by then is refused.
+	if err := a.direct.List(ctx, &ledgers, &client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: "0"}}); err != nil {
+		return fmt.Errorf("list QuotaLedgers: %w", err)
+	}
+	byName := map[string]*v1alpha1.QuotaLedger{}
+	for i := range ledgers.Items {
+		byName[ledgers.Items[i].Name] = &ledgers.Items[i]
+	}
+	var errs []error
+	for i := range tenants.Items {
+		t := &tenants.Items[i]
+		l := byName[t.Name]
+		switch {
+		case t.DeletionTimestamp != nil:
+			continue
+		case len(t.Spec.Quota.Hard) == 0:
+			if l != nil {
+				errs = append(errs, client.IgnoreNotFound(a.direct.Delete(ctx, l, client.Preconditions{UID: &l.UID})))
+			}
+			continue
+		case l == nil:
+			_, err := a.ledger(ctx, t)
+			errs = append(errs, err)
+		default:
+			errs = append(errs, a.settle(ctx, t.Name, l))
+		}
+		if err := a.feeds.sync(ctx, append(quota.Bounds(t.Spec.Quota.Hard), quota.Namespaces)...); err != nil {
+			return err
+		}
+		if have := t.Status.Quota; have == nil || !equality.Semantic.DeepEqual(have.Used, a.view.Used(t.Name, t.Spec.Quota.Hard)) {
+			select {
+			case a.changed <- event.GenericEvent{Object: t}:
+			case <-ctx.Done():
+				return nil
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// settle drops the reservations that are seen, and those that were never written.
+func (a *accounts) settle(ctx context.Context, tenant string, l *v1alpha1.QuotaLedger) error {
+	if len(l.Spec.Reservations) == 0 {
+		return nil
+	}
+	before := l.DeepCopy()
+	for _, r := range quota.Overdue(&l.Spec, a.clock.Now()) {
+		revision, err := a.exists(ctx, tenant, r)
+		if err != nil {
+			return err
+		}
+		quota.Lapse(&l.Spec, r.UID, revision)
+	}
+	a.view.Settle(tenant, &l.Spec)
+	if equality.Semantic.DeepEqual(before.Spec, l.Spec) {
+		return nil
+	}
+	if err := a.direct.Update(ctx, l); err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("settle the quota of the Tenant %s: %w", tenant, err)
+	}
+	return nil
+}
+
+// exists asks the API server itself for the revision of what was reserved for; 0 if
+// it is not there, or in a namespace that is not the tenant's.
+func (a *accounts) exists(ctx context.Context, tenant string, r v1alpha1.QuotaReservation) (quota.Revision, error) {
+	gvr, ok := quota.Find(r.Resource)
+	if !ok {
+		return 0, nil
+	}
+	namespace, err := a.feeds.namespace(ctx, r.Namespace)
+	if apierrors.IsNotFound(err) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("get the namespace %s: %w", r.Namespace, err)
+	}
+	obj, err := a.feeds.meta.Resource(gvr).Namespace(r.Namespace).Get(ctx, r.Name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("look for %s %s/%s: %w", r.Resource, r.Namespace, r.Name, err)
+	}
+	if obj.UID != r.UID || namespace.Labels[v1alpha1.LabelTenant] != tenant {
+		return 0, nil
+	}
+	return quota.ParseRevision(obj.ResourceVersion)
+}
