@@ -25,7 +25,8 @@ const (
 	// The API server gives up on a request after 34 seconds; the rest is for
 	// clocks that differ.
 	claimTTL = time.Minute
-	// commitTimeout bounds one group of claims, a little under the webhook's own timeout.
+	// commitTimeout bounds one group of claims, a little under the webhook's own
+	// timeout of ten seconds (deploy/h8s/templates/webhooks.yaml).
 	commitTimeout = 8 * time.Second
 	// sweepInterval is how often ledgers are settled that nobody writes, and
 	// Tenants' status.quota is brought up to date.
@@ -42,6 +43,8 @@ type accounts struct {
 	view   *quota.View
 	feeds  *feeds
 	clock  clock.PassiveClock
+	// timeout of one group of claims.
+	timeout time.Duration
 	// changed tells the tenant reconciler which Tenants to look at again.
 	changed chan event.GenericEvent
 
@@ -77,7 +80,7 @@ func newAccounts(config *rest.Config, cached client.Client) (*accounts, error) {
 		return nil, err
 	}
 	return &accounts{
-		cached: cached, direct: direct, view: view, feeds: feeds, clock: clock.RealClock{},
+		cached: cached, direct: direct, view: view, feeds: feeds, clock: clock.RealClock{}, timeout: commitTimeout,
 		changed: make(chan event.GenericEvent), lines: map[string]*line{},
 	}, nil
 }
@@ -137,7 +140,7 @@ func (a *accounts) serve(ctx context.Context, l *line) {
 // commit decides about the group and writes the ledger. A grant counts once it is
 // written. A refusal counts if the ledger was not written since it was read.
 func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]error, error) {
-	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	ctx, cancel := context.WithTimeout(ctx, a.timeout)
 	defer cancel()
 	tenant := group[0].tenant
 	claims := make([]quota.Claim, len(group))
@@ -239,7 +242,7 @@ func adopt(l *v1alpha1.QuotaLedger, t *v1alpha1.Tenant) bool {
 
 // enforce puts the Tenant's quota into force and returns what is used of it.
 func (a *accounts) enforce(ctx context.Context, t *v1alpha1.Tenant) (*v1alpha1.TenantQuotaStatus, error) {
-	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	ctx, cancel := context.WithTimeout(ctx, a.timeout)
 	defer cancel()
 	if err := a.feeds.sync(ctx, append(quota.Bounds(t.Spec.Quota.Hard), quota.Namespaces)...); err != nil {
 		return nil, err

@@ -346,7 +346,7 @@ func await(ctx context.Context, check func() error) error {
 	}
 }
 
-func eventually(t *testing.T, check func() error) {
+func eventually(t testing.TB, check func() error) {
 	t.Helper()
 	if err := await(t.Context(), check); err != nil {
 		t.Fatal(err)

@@ -1,0 +1,113 @@
+package controller
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apimeta "k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+)
+
+// BenchmarkQuota is what a quota adds to a creation while there are 1,000 tenants
+// with one, beside what a ResourceQuota adds. One client creates one object after the
+// other, in each kind of namespace in turn. The metrics are medians.
+//
+//	go test ./internal/controller -run '^$' -bench Quota -benchtime 500x -timeout 30m
+func BenchmarkQuota(b *testing.B) {
+	ctx := b.Context()
+	tenants := 1000
+	if s := os.Getenv("TENANTS"); s != "" {
+		var err error
+		if tenants, err = strconv.Atoi(s); err != nil {
+			b.Fatal(err)
+		}
+	}
+	quota := hard("pods", "1M", "requests.cpu", "1M", "requests.memory", "1P", "limits.cpu", "1M", "limits.memory", "1P", "configmaps", "1M")
+	namespaces := map[string][]string{"none": {"bench-none"}, "ResourceQuota": {"bench-resourcequota"}, "tenant": {"bench-tenant"}}
+	create := func(obj client.Object) { // and leave it: the cluster goes with the benchmark
+		b.Helper()
+		if err := cluster.admin.Create(ctx, obj); err != nil {
+			b.Fatal(err)
+		}
+	}
+	create(tenantOf("bench", "10.0.0.0/16"))
+	create(namespaceOf("bench-none", "", nil))
+	create(namespaceOf("bench-resourcequota", "", nil))
+	create(namespaceOf("bench-tenant", "bench", nil))
+	create(&corev1.ResourceQuota{ObjectMeta: metav1.ObjectMeta{Namespace: "bench-resourcequota", Name: "q"}, Spec: corev1.ResourceQuotaSpec{Hard: quota}})
+	for i := range tenants {
+		t := tenantOf(fmt.Sprintf("bench-%d", i), "10.0.0.0/16")
+		t.Spec.Quota.Hard = quota
+		create(t)
+		ns := fmt.Sprintf("bench-%d-a", i)
+		create(namespaceOf(ns, t.Name, nil))
+		namespaces["tenant with a quota"] = append(namespaces["tenant with a quota"], ns)
+	}
+	deadline := time.Now().Add(10 * time.Minute)
+	for ready := 0; ready < tenants+1; time.Sleep(time.Second) {
+		var list v1alpha1.TenantList
+		if err := cluster.admin.List(ctx, &list); err != nil {
+			b.Fatal(err)
+		}
+		ready = 0
+		for _, t := range list.Items {
+			if len(t.Status.Namespaces) > 0 && apimeta.IsStatusConditionTrue(t.Status.Conditions, v1alpha1.ConditionReady) {
+				ready++
+			}
+		}
+		if time.Now().After(deadline) {
+			b.Fatalf("%d tenants are ready", ready)
+		}
+	}
+	eventually(b, func() error {
+		return cluster.admin.Get(ctx, client.ObjectKey{Namespace: namespaces["tenant with a quota"][tenants-1], Name: "default"}, &corev1.ServiceAccount{})
+	})
+
+	kinds := []string{"none", "ResourceQuota", "tenant", "tenant with a quota"}
+	for object, build := range map[string]func(namespace, name string) client.Object{
+		"ConfigMap": func(namespace, name string) client.Object {
+			return &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}}
+		},
+		"Pod": func(namespace, name string) client.Object {
+			return pod(namespace, name, func(p *corev1.Pod) {
+				p.Spec.Containers[0].Resources = corev1.ResourceRequirements{Requests: hard("cpu", "1m", "memory", "1Mi"), Limits: hard("cpu", "1m", "memory", "1Mi")}
+			})
+		},
+	} {
+		b.Run(object, func(b *testing.B) {
+			took := map[string][]time.Duration{}
+			for i := range b.N {
+				for _, kind := range kinds {
+					in := namespaces[kind][i%len(namespaces[kind])]
+					obj := build(in, fmt.Sprintf("%d-%d", b.N, i))
+					start := time.Now()
+					if err := cluster.admin.Create(ctx, obj); err != nil {
+						b.Fatal(err)
+					}
+					took[kind] = append(took[kind], time.Since(start))
+				}
+			}
+			base := median(took["none"])
+			for _, kind := range kinds {
+				b.ReportMetric(median(took[kind]), "ms:"+strings.ReplaceAll(kind, " ", "-"))
+			}
+			b.ReportMetric(median(took["ResourceQuota"])-base, "ms-added:ResourceQuota")
+			b.ReportMetric(median(took["tenant with a quota"])-median(took["tenant"]), "ms-added:quota")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+func median(took []time.Duration) float64 {
+	slices.Sort(took)
+	return float64(took[len(took)/2].Microseconds()) / 1000
+}
