@@ -28,8 +28,8 @@ const (
 	// commitTimeout bounds one group of claims, a little under the webhook's own
 	// timeout of ten seconds (deploy/h8s/templates/webhooks.yaml).
 	commitTimeout = 8 * time.Second
-	// sweepInterval is how often ledgers are settled that nobody writes, and
-	// Tenants' status.quota is brought up to date.
+	// sweepInterval is how often Tenants' status.quota is brought up to date, and
+	// ledgers are looked through for reservations whose time is over.
 	sweepInterval = 5 * time.Second
 )
 
@@ -281,7 +281,7 @@ func (a *accounts) Start(ctx context.Context) error {
 	}
 }
 
-// sweep settles every ledger, removes those of tenants without a quota, and has the
+// sweep settles ledgers, removes those of tenants without a quota, and has the
 // status written of tenants that use more or less than it says.
 func (a *accounts) sweep(ctx context.Context) error {
 	var tenants v1alpha1.TenantList
@@ -329,13 +329,16 @@ func (a *accounts) sweep(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// settle drops the reservations that are seen, and those that were never written.
+// settle drops the reservations that are seen, and those that were never written, if
+// the time of one is over. Not before: until then they do no harm, the next claim
+// drops what is seen, and it should find the ledger as it has left it.
 func (a *accounts) settle(ctx context.Context, tenant string, l *v1alpha1.QuotaLedger) error {
-	if len(l.Spec.Reservations) == 0 {
+	overdue := quota.Overdue(&l.Spec, a.clock.Now())
+	if len(overdue) == 0 {
 		return nil
 	}
 	before := l.DeepCopy()
-	for _, r := range quota.Overdue(&l.Spec, a.clock.Now()) {
+	for _, r := range overdue {
 		revision, err := a.exists(ctx, tenant, r)
 		if err != nil {
 			return err

@@ -17,8 +17,8 @@ import (
 	"h8s.io/hypernetes/api/v1alpha1"
 )
 
-// BenchmarkQuota is what a quota adds to a creation while there are 1,000 tenants
-// with one, beside what a ResourceQuota adds. One client creates one object after the
+// BenchmarkQuota is what a quota adds to a creation while there are 1,000 tenants,
+// beside what a ResourceQuota adds. One client creates one object after the
 // other, in each kind of namespace in turn. The metrics are medians.
 //
 //	go test ./internal/controller -run '^$' -bench Quota -benchtime 500x -timeout 30m
@@ -32,28 +32,31 @@ func BenchmarkQuota(b *testing.B) {
 		}
 	}
 	quota := hard("pods", "1M", "requests.cpu", "1M", "requests.memory", "1P", "limits.cpu", "1M", "limits.memory", "1P", "configmaps", "1M")
-	namespaces := map[string][]string{"none": {"bench-none"}, "ResourceQuota": {"bench-resourcequota"}, "tenant": {"bench-tenant"}}
+	namespaces := map[string][]string{}
 	create := func(obj client.Object) { // and leave it: the cluster goes with the benchmark
 		b.Helper()
 		if err := cluster.admin.Create(ctx, obj); err != nil {
 			b.Fatal(err)
 		}
 	}
-	create(tenantOf("bench", "10.0.0.0/16"))
-	create(namespaceOf("bench-none", "", nil))
-	create(namespaceOf("bench-resourcequota", "", nil))
-	create(namespaceOf("bench-tenant", "bench", nil))
-	create(&corev1.ResourceQuota{ObjectMeta: metav1.ObjectMeta{Namespace: "bench-resourcequota", Name: "q"}, Spec: corev1.ResourceQuotaSpec{Hard: quota}})
-	for i := range tenants {
-		t := tenantOf(fmt.Sprintf("bench-%d", i), "10.0.0.0/16")
-		t.Spec.Quota.Hard = quota
-		create(t)
-		ns := fmt.Sprintf("bench-%d-a", i)
-		create(namespaceOf(ns, t.Name, nil))
-		namespaces["tenant with a quota"] = append(namespaces["tenant with a quota"], ns)
+	// As many namespaces of each kind: the first creation in one costs more. Half of the tenants have a quota.
+	for i := range tenants / 2 {
+		none, compared := fmt.Sprintf("bench-none-%d", i), fmt.Sprintf("bench-compared-%d", i)
+		create(namespaceOf(none, "", nil))
+		create(namespaceOf(compared, "", nil))
+		create(&corev1.ResourceQuota{ObjectMeta: metav1.ObjectMeta{Namespace: compared, Name: "q"}, Spec: corev1.ResourceQuotaSpec{Hard: quota}})
+		namespaces["none"] = append(namespaces["none"], none)
+		namespaces["ResourceQuota"] = append(namespaces["ResourceQuota"], compared)
+		for kind, hard := range map[string]corev1.ResourceList{"tenant": nil, "tenant with a quota": quota} {
+			t := tenantOf(fmt.Sprintf("bench-%d-%d", i, len(hard)), "10.0.0.0/16")
+			t.Spec.Quota.Hard = hard
+			create(t)
+			create(namespaceOf(t.Name, t.Name, nil))
+			namespaces[kind] = append(namespaces[kind], t.Name)
+		}
 	}
 	deadline := time.Now().Add(10 * time.Minute)
-	for ready := 0; ready < tenants+1; time.Sleep(time.Second) {
+	for ready := 0; ready < tenants/2*2; time.Sleep(time.Second) {
 		var list v1alpha1.TenantList
 		if err := cluster.admin.List(ctx, &list); err != nil {
 			b.Fatal(err)
@@ -69,7 +72,7 @@ func BenchmarkQuota(b *testing.B) {
 		}
 	}
 	eventually(b, func() error {
-		return cluster.admin.Get(ctx, client.ObjectKey{Namespace: namespaces["tenant with a quota"][tenants-1], Name: "default"}, &corev1.ServiceAccount{})
+		return cluster.admin.Get(ctx, client.ObjectKey{Namespace: namespaces["tenant with a quota"][tenants/2-1], Name: "default"}, &corev1.ServiceAccount{})
 	})
 
 	kinds := []string{"none", "ResourceQuota", "tenant", "tenant with a quota"}
