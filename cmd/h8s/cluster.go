@@ -20,6 +20,7 @@ func newUp() *cobra.Command {
 	nodes := cmd.Flags().Int("nodes", cluster.DefaultNodes, "number of nodes of a new cluster")
 	resolvers := cmd.Flags().StringSlice("resolver", nil, "DNS resolver (address:port) for the nodes; may be given again (default: the machine's)")
 	noProduct := cmd.Flags().Bool("no-product", false, "plain Kubernetes, without Hypernetes")
+	keystone := cmd.Flags().Bool("keystone", false, "with an OpenStack Keystone, from Debian's packages, whose users may log in (a new cluster only)")
 	demo := cmd.Flags().Bool("demo", false, "make two tenants, acme and globex, with a web Service each")
 	oidc := oidcFlags(cmd)
 	bin := binDirFlag(cmd)
@@ -42,6 +43,7 @@ func newUp() *cobra.Command {
 			Resolvers: *resolvers,
 			OIDC:      provider,
 			Product:   !*noProduct,
+			Keystone:  *keystone,
 			Demo:      *demo,
 			Out:       os.Stdout,
 			Terminal:  term.IsTerminal(int(os.Stdout.Fd())),

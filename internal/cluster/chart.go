@@ -35,7 +35,7 @@ func chartValues(c *Config, machine []netip.Prefix, tag, ca string) map[string]a
 	for _, address := range machine {
 		denied = append(denied, address.String())
 	}
-	return object{
+	values := object{
 		"infrastructureCIDRs": []string{c.Subnet.String()},
 		"deniedCIDRs":         denied,
 		"clusterDNS":          dnsService,
@@ -46,6 +46,10 @@ func chartValues(c *Config, machine []netip.Prefix, tag, ca string) map[string]a
 		"webhooks":            object{"clusterIP": webhooksService, "tls": object{"secret": webhooksSecret, "ca": ca}},
 		"node":                object{"apiServer": object{"host": c.Nodes[0].Address.String(), "port": apiPort}},
 	}
+	if c.Keystone {
+		values["keystone"] = object{"secretName": keystoneSecret, "cloud": keystoneCloud}
+	}
+	return values
 }
 
 // valuesFor is the values file for the chart: the same as long as the machine has

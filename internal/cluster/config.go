@@ -70,6 +70,8 @@ type Config struct {
 	Resolvers []string `json:"resolvers,omitempty"`
 	// OIDC is the identity provider whose people may log in, if there is one.
 	OIDC *OIDC `json:"oidc,omitempty"`
+	// Keystone says whether there is one, whose users may log in.
+	Keystone bool `json:"keystone,omitempty"`
 }
 
 // newConfig lays out a cluster of the given number of nodes in subnet.

@@ -238,6 +238,9 @@ func (b *bringUp) summary() {
 		return
 	}
 	fmt.Fprint(&s, ", with Hypernetes.\n")
+	if b.Keystone {
+		fmt.Fprintf(&s, "\nKeystone is at %s: its users log in with tokens. Its administrator:\n  export OS_CLIENT_CONFIG_FILE=%s OS_CLOUD=%s\n", b.keystoneURL(), b.keystoneCloudsFile(), b.keystoneAdminCloud())
+	}
 	if !b.opts.Demo {
 		fmt.Fprintf(&s, "\n  export KUBECONFIG=%s\n  %s/kubectl get tenants,networks,users\n", b.state().adminKubeconfig(), b.BinDir)
 		fmt.Fprint(b.opts.Out, s.String())

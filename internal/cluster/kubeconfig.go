@@ -23,6 +23,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/identity"
 	"h8s.io/hypernetes/internal/tenancy"
 )
 
@@ -37,6 +38,18 @@ func AdminKubeconfig(name string) ([]byte, error) {
 		return nil, fmt.Errorf("cluster %q is not complete, `h8s up --name %s` completes it: %w", name, name, err)
 	}
 	return data, nil
+}
+
+// checkSubject refuses names that are not ours to certify: Kubernetes' own, such as
+// system:masters, and those that Keystone alone gives.
+func checkSubject(name string) error {
+	switch {
+	case name == "" || strings.HasPrefix(name, "system:"):
+		return fmt.Errorf("%q cannot be the name of a User or group: names that start with system: are Kubernetes' own", name)
+	case strings.HasPrefix(name, identity.DefaultPrefix):
+		return fmt.Errorf("%q cannot be the name of a User or group: names that start with %s are Keystone's, log in there", name, identity.DefaultPrefix)
+	}
+	return nil
 }
 
 // UserKubeconfig returns a kubeconfig for a User that exists and is not disabled,
@@ -68,10 +81,9 @@ func (c *Config) userKubeconfig(ctx context.Context, user string, groups []strin
 	case u.Spec.Disabled:
 		return nil, fmt.Errorf("the User %q is disabled (spec.disabled)", user)
 	}
-	// Names of Kubernetes' own, such as system:masters, are nobody's to give away.
 	for _, n := range append([]string{user}, groups...) {
-		if n == "" || strings.HasPrefix(n, "system:") {
-			return nil, fmt.Errorf("%q cannot be the name of a User or group: names that start with system: are Kubernetes' own", n)
+		if err := checkSubject(n); err != nil {
+			return nil, err
 		}
 	}
 	request, key, err := newRequest(user, groups)

@@ -74,13 +74,20 @@ func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
 				file{"kubernetes/pki/" + name + ".crt", 0o644, p.pairs[name].cert},
 				file{"kubernetes/pki/" + name + ".key", 0o600, p.pairs[name].key})
 		}
-		webhooks, err := webhooksKubeconfig(p)
+		webhooks, err := webhooksKubeconfig(p, authorizePath)
 		if err != nil {
 			return nil, err
 		}
 		files = append(files,
 			file{"kubernetes/authorization.yaml", 0o644, apiserver.Authorization},
 			file{strings.TrimPrefix(apiserver.WebhooksKubeconfig, "/etc/"), 0o600, webhooks})
+		if c.Keystone {
+			reviews, err := webhooksKubeconfig(p, tokenReviewPath)
+			if err != nil {
+				return nil, err
+			}
+			files = append(files, file{tokenReviewKubeconfig, 0o600, reviews})
+		}
 		files = append(files,
 			file{"kubernetes/pki/sa.pub", 0o644, p.saPub},
 			file{"kubernetes/pki/sa.key", 0o600, p.saKey})
@@ -143,6 +150,9 @@ func controlPlane(c *Config, n Node) []program {
 	var authentication []string
 	if c.OIDC != nil {
 		authentication = []string{"--authentication-config=" + conf("authentication.yaml")}
+	}
+	if c.Keystone {
+		authentication = append(authentication, keystoneFlags()...)
 	}
 	return []program{
 		{

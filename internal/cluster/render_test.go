@@ -132,3 +132,39 @@ func TestContainerdConfig(t *testing.T) {
 		}
 	}
 }
+
+// The API server asks about tokens only in a cluster that has a Keystone.
+func TestTokenReviewFlags(t *testing.T) {
+	for name, with := range map[string]bool{"with Keystone": true, "without": false} {
+		t.Run(name, func(t *testing.T) {
+			c := testConfig(t, 2)
+			c.Keystone = with
+			for i, n := range c.Nodes {
+				conf, there := renderFiles(t, c, n)[tokenReviewKubeconfig]
+				if want := with && i == 0; there != want {
+					t.Errorf("%s has the kubeconfig: %t, want %t", n.Name, there, want)
+				}
+				if there && !strings.Contains(string(conf.data), "https://"+webhooksService+tokenReviewPath) {
+					t.Errorf("it leads elsewhere:\n%s", conf.data)
+				}
+				for _, p := range nodePrograms(c, n) {
+					flag := strings.Contains(strings.Join(p.args, " "), "--authentication-token-webhook-config-file=/etc/"+tokenReviewKubeconfig)
+					if want := with && p.name == "kube-apiserver"; flag != want {
+						t.Errorf("%s has the flag: %t, want %t", p.name, flag, want)
+					}
+				}
+			}
+		})
+	}
+}
+
+func TestCheckSubject(t *testing.T) {
+	for name, want := range map[string]bool{
+		"alice": true, "keystone": true, "shop": true,
+		"": false, "system:masters": false, "keystone:role:acme/web/admin": false, "keystone:": false,
+	} {
+		if err := checkSubject(name); (err == nil) != want {
+			t.Errorf("%q: %v, want acceptable: %t", name, err, want)
+		}
+	}
+}

@@ -161,6 +161,11 @@ func Supervise(ctx context.Context, name string, standby bool, log *slog.Logger)
 		// Without it the nodes still do all but resolve outside names.
 		keep(ctx, log, func() error { return f.serve(ctx, netip.AddrPortFrom(c.gateway(), dnsPort)) })
 	})
+	if c.Keystone {
+		wg.Go(func() {
+			keep(ctx, log.With("process", "Keystone"), func() error { return c.runKeystone(ctx) })
+		})
+	}
 	for _, n := range c.Nodes {
 		log := log.With("process", "node init", "node", n.Name)
 		wg.Go(func() { keep(ctx, log, func() error { return runNode(ctx, c, n, bridge, log) }) })

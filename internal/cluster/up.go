@@ -22,6 +22,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"h8s.io/hypernetes/internal/hyper/install"
+	"h8s.io/hypernetes/internal/keystone"
 )
 
 // UpOptions say what `h8s up` makes.
@@ -37,6 +38,8 @@ type UpOptions struct {
 	OIDC *OIDC
 	// Product says whether to install Hypernetes; without, it is plain Kubernetes.
 	Product bool
+	// Keystone says whether a new cluster has one, whose users may log in.
+	Keystone bool
 	// Demo says whether to make two tenants to try things with.
 	Demo bool
 	// Out is where progress goes; Terminal says that it is one.
@@ -64,6 +67,9 @@ func Up(ctx context.Context, o UpOptions) error {
 		return err
 	}
 	defer unlock()
+	if o.Keystone && !o.Product {
+		return errors.New("--keystone needs Hypernetes, which --no-product leaves out: it is the controller that validates tokens")
+	}
 	c, err := loadConfig(o.Name)
 	switch {
 	case errors.Is(err, errNoCluster):
@@ -138,6 +144,10 @@ func (c *Config) honours(o UpOptions, was installed) error {
 		return refuse("has another identity provider, or none,", "leave the --oidc- flags out")
 	case binDir != c.BinDir:
 		return refuse(fmt.Sprintf("runs the programs in %s, not those in %s,", c.BinDir, binDir), "say --bin-dir "+c.BinDir)
+	case o.Keystone && !c.Keystone:
+		return refuse("has no Keystone", "leave --keystone out")
+	case c.Keystone && !o.Product:
+		return refuse("has a Keystone", "leave --no-product out")
 	case was.Product && !o.Product:
 		return refuse("has Hypernetes", "leave --no-product out")
 	}
@@ -211,6 +221,11 @@ func createConfig(ctx context.Context, o UpOptions) (*Config, error) {
 	if err := checkPrograms(binDir); err != nil {
 		return nil, err
 	}
+	if o.Keystone {
+		if err := keystone.Installed(); err != nil {
+			return nil, err
+		}
+	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	var unlock func()
@@ -239,6 +254,7 @@ func createConfig(ctx context.Context, o UpOptions) (*Config, error) {
 		return nil, err
 	}
 	c.OIDC = o.OIDC
+	c.Keystone = o.Keystone
 	if err := c.save(); err != nil {
 		return nil, fmt.Errorf("save the cluster's configuration: %w", err)
 	}
@@ -309,6 +325,11 @@ func (b *bringUp) steps() []step {
 		{"start nodes", logs("kubelet"), b.startNodes},
 		{"load images", logs("containerd"), b.loadImages},
 		{"start controllers", logs("kube-controller-manager"), b.startControllers},
+	}
+	if b.Keystone {
+		log := []string{b.state().path("keystone", "keystone.log")}
+		steps = append([]step{{"prepare keystone", log, b.prepareKeystone}}, steps...)
+		steps = append(steps, step{"start keystone", log, b.startKeystone})
 	}
 	if b.opts.Product {
 		install := "install hypernetes"

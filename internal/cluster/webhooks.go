@@ -25,11 +25,11 @@ const (
 	authorizePath   = "/authorize"
 )
 
-// webhooksKubeconfig leads the API server to the authorization webhook.
-func webhooksKubeconfig(p *pki) ([]byte, error) {
+// webhooksKubeconfig leads the API server to the controller's webhook of the path.
+func webhooksKubeconfig(p *pki, path string) ([]byte, error) {
 	conf := clientcmdapi.NewConfig()
 	conf.Clusters["h8s"] = &clientcmdapi.Cluster{
-		Server: "https://" + webhooksService + authorizePath, TLSServerName: webhooksHost, CertificateAuthorityData: p.pairs[clusterCA].cert,
+		Server: "https://" + webhooksService + path, TLSServerName: webhooksHost, CertificateAuthorityData: p.pairs[clusterCA].cert,
 	}
 	conf.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
 	conf.CurrentContext = "h8s"
@@ -42,6 +42,12 @@ func webhooksKubeconfig(p *pki) ([]byte, error) {
 
 // ensureWebhooksSecret puts the certificate into the cluster, for the chart.
 func (b *bringUp) ensureWebhooksSecret(ctx context.Context, p *pki) error {
+	pair := p.pairs[webhooksCert]
+	return b.ensureSecret(ctx, webhooksSecret, corev1.SecretTypeTLS, map[string][]byte{corev1.TLSCertKey: pair.cert, corev1.TLSPrivateKeyKey: pair.key})
+}
+
+// ensureSecret writes a Secret of the product's namespace, which is made if need be.
+func (b *bringUp) ensureSecret(ctx context.Context, name string, kind corev1.SecretType, data map[string][]byte) error {
 	operator, err := b.objectClient()
 	if err != nil {
 		return err
@@ -50,11 +56,10 @@ func (b *bringUp) ensureWebhooksSecret(ctx context.Context, p *pki) error {
 	if err := operator.Create(ctx, namespace); err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("make the namespace %s: %w", productNamespace, err)
 	}
-	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: productNamespace, Name: webhooksSecret}}
-	secret.Type = corev1.SecretTypeTLS // cannot be changed later
+	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: productNamespace, Name: name}}
+	secret.Type = kind // cannot be changed later
 	_, err = controllerutil.CreateOrUpdate(ctx, operator, secret, func() error {
-		pair := p.pairs[webhooksCert]
-		secret.Data = map[string][]byte{corev1.TLSCertKey: pair.cert, corev1.TLSPrivateKeyKey: pair.key}
+		secret.Data = data
 		return nil
 	})
 	if err != nil {

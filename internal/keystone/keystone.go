@@ -82,7 +82,7 @@ type Keystone struct {
 // database with an administrator. It is idempotent, and takes some seconds the first
 // time. An error says what to install if it is that.
 func Prepare(ctx context.Context, opts Options) (*Keystone, error) {
-	if err := installed(); err != nil {
+	if err := Installed(); err != nil {
 		return nil, err
 	}
 	if opts.TokenLifetime == 0 {
@@ -101,8 +101,8 @@ func Prepare(ctx context.Context, opts Options) (*Keystone, error) {
 	return k, nil
 }
 
-// installed says which packages to install, if any.
-func installed() error {
+// Installed says which packages to install, if any are missing.
+func Installed() error {
 	for _, path := range []string{python, manage, wsgi, uwsgi} {
 		if _, err := os.Stat(path); err != nil {
 			return missing(path)
@@ -215,10 +215,13 @@ key_repository = %s
 		return nil
 	}
 	return filepath.WalkDir(k.opts.Dir, func(path string, _ os.DirEntry, err error) error {
-		if err != nil {
-			return err
+		if err == nil {
+			err = os.Lchown(path, k.uid, k.uid)
 		}
-		return os.Lchown(path, k.uid, k.uid)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil // one of SQLite's, of a Keystone that runs
+		}
+		return err
 	})
 }
 
