@@ -17,14 +17,15 @@ KUBE_LDFLAGS := -s -w -X k8s.io/component-base/version.gitVersion=$(KUBE_VERSION
 KUBE := kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl
 CONTAINERD := containerd containerd-shim-runc-v2 ctr
 CNI := main/ptp main/bridge main/loopback ipam/host-local meta/portmap
-UPSTREAM := etcd $(KUBE) agnhost $(CONTAINERD) runsc containerd-shim-runsc-v1 runc helm metrics-server dex $(addprefix cni/,$(notdir $(CNI)))
+UPSTREAM := etcd $(KUBE) agnhost $(CONTAINERD) runsc containerd-shim-runsc-v1 runc helm metrics-server $(addprefix cni/,$(notdir $(CNI)))
 E2E := e2e.test ginkgo nnp
 OURS := h8s h8s-controller h8s-node h8s-cni
 IMAGES := pause busybox agnhost h8s
 
 PACKAGES := gcc libc6-dev libseccomp-dev pkg-config nftables iproute2 kmod procps util-linux mount busybox-static conntrack ca-certificates \
-	qemu-system-x86 qemu-utils erofs-utils binutils crun \
-	python3-keystone uwsgi-core uwsgi-plugin-python3
+	qemu-system-x86 qemu-utils erofs-utils binutils crun
+# OpenStack's identity service, for `h8s up --keystone` and the tests.
+KEYSTONE := python3-keystone uwsgi-core uwsgi-plugin-python3
 
 # What our programs are made from. VERSION is in them, and therefore in a file that
 # changes with it.
@@ -40,7 +41,7 @@ gobuild = CGO_ENABLED=0 go build -buildvcs=false -trimpath
 # Where the plugin's archive will be found, for krew.
 KREW_URI ?= file://$(BIN)/krew/h8s-linux-amd64.tar.gz
 
-.PHONY: krew build up down test test-hyper e2e-hyper e2e-programs bench bench-hyper lint generate deps upstream ours hyper images clean
+.PHONY: build up down test krew keystone test-hyper e2e-hyper e2e-programs bench bench-hyper lint generate deps upstream ours hyper images clean
 
 build: deps upstream ours hyper images ## everything, into bin/
 
@@ -48,6 +49,12 @@ deps: $(BIN)/.deps ## Debian packages that are not there yet
 
 $(BIN)/.deps: build/deps.sh $(DPKG)
 	@./build/deps.sh '$(BIN)/log/install-packages.log' $(PACKAGES)
+	@mkdir -p $(BIN) && touch $@
+
+keystone: $(BIN)/.keystone ## Debian's packages of Keystone, for h8s up --keystone
+
+$(BIN)/.keystone: build/deps.sh $(DPKG) | $(BIN)/.deps
+	@./build/deps.sh '$(BIN)/log/install-keystone.log' $(KEYSTONE)
 	@mkdir -p $(BIN) && touch $@
 
 upstream: $(addprefix $(BIN)/,$(UPSTREAM))
@@ -148,7 +155,7 @@ up: build ## a two-node cluster with two demo tenants
 down: ## removes the cluster and everything it made
 	@if [ -x $(BIN)/h8s ]; then $(BIN)/h8s down --name $(NAME); else echo "nothing was built, so nothing is up"; fi
 
-test: build $(BIN)/golangci-lint $(BIN)/cri-integration.test ## everything: generated code, lint, unit, kernel, cluster
+test: build keystone $(BIN)/dex $(BIN)/golangci-lint $(BIN)/cri-integration.test ## everything: generated code, lint, unit, kernel, cluster
 	@go run ./test/runner
 
 test-hyper: build $(BIN)/cri-integration.test ## the VM sandbox, by containerd's CRI and real virtual machines

@@ -113,7 +113,7 @@ func Installed() error {
 }
 
 func missing(path string) error {
-	return fmt.Errorf("Keystone is not installed, %s is missing: run `make deps`, or `apt-get install --no-install-recommends %s`", path, strings.Join(Packages, " "))
+	return fmt.Errorf("Keystone is not installed, %s is missing: run `make keystone`, or `apt-get install --no-install-recommends %s`", path, strings.Join(Packages, " "))
 }
 
 // pythonPlugin is uWSGI's, which Debian names for its version of Python.
