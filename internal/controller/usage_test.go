@@ -498,7 +498,7 @@ func TestUsageOfCrowds(t *testing.T) {
 		}
 		return n
 	}
-	clear := func(t *testing.T) {
+	empty := func(t *testing.T) {
 		t.Helper()
 		for _, ns := range namespaces {
 			if err := cluster.admin.DeleteAllOf(ctx, &corev1.Pod{}, client.InNamespace(ns), client.GracePeriodSeconds(0)); err != nil {
@@ -522,7 +522,7 @@ func TestUsageOfCrowds(t *testing.T) {
 		if n := count(t); n != places || int(admitted) != places {
 			t.Errorf("%d pods were admitted and %d exist, want %d", admitted, n, places)
 		}
-		clear(t)
+		empty(t)
 	})
 	t.Run("Growth", func(t *testing.T) {
 		testGrowth(t, clients, "crowd-a")
