@@ -82,7 +82,7 @@ func TestUsageIsWhatResourceQuotaCounts(t *testing.T) {
 		"ephemeral-storage", "1Ti", "requests.ephemeral-storage", "1Ti", "limits.ephemeral-storage", "1Ti", "requests.example.com/gpu", "10", "requests.hugepages-2Mi", "1Gi",
 		"services", "100", "count/services", "100", "services.loadbalancers", "10", "services.nodeports", "10",
 		"persistentvolumeclaims", "100", "requests.storage", "1Ti", "fast.storageclass.storage.k8s.io/requests.storage", "1Ti", "fast.storageclass.storage.k8s.io/persistentvolumeclaims", "10",
-		"configmaps", "100", "count/configmaps", "100", "secrets", "100", "count/deployments.apps", "10", "count/serviceaccounts", "10", "count/jobs.batch", "10",
+		"configmaps", "100", "count/configmaps", "100", "count/deployments.apps", "10", "count/serviceaccounts", "10", "count/jobs.batch", "10",
 	)
 	newBounded(t, "evalu", limits, "evalu-a")
 	if err := cluster.admin.Create(ctx, &corev1.ResourceQuota{ObjectMeta: metav1.ObjectMeta{Namespace: "evalu-a", Name: "reference"}, Spec: corev1.ResourceQuotaSpec{Hard: limits}}); err != nil {
@@ -127,7 +127,6 @@ func TestUsageIsWhatResourceQuotaCounts(t *testing.T) {
 		}),
 		claim("fast", ptr.To("fast"), "1500M"), claim("none", ptr.To(""), "1Gi"),
 		&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "evalu-a", Name: "one"}},
-		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "evalu-a", Name: "one"}},
 	} {
 		if err := cluster.admin.Create(ctx, obj); err != nil {
 			t.Fatalf("%s: %v", obj.GetName(), err)

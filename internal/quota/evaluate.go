@@ -36,13 +36,14 @@ const (
 )
 
 // Counted are the resources that a quota may bound. Admission is asked about
-// these (deploy/h8s/templates/webhooks.yaml).
+// these (deploy/h8s/templates/webhooks.yaml). Secrets are not among them: RBAC cannot
+// let the controller count what it may not read.
 func Counted() []schema.GroupVersionResource {
 	core, apps, batch := corev1.SchemeGroupVersion, schema.GroupVersion{Group: "apps", Version: "v1"}, schema.GroupVersion{Group: "batch", Version: "v1"}
 	networking := schema.GroupVersion{Group: "networking.k8s.io", Version: "v1"}
 	return []schema.GroupVersionResource{
 		core.WithResource(Pods), core.WithResource(Services), core.WithResource(Claims),
-		core.WithResource("configmaps"), core.WithResource("secrets"), core.WithResource("serviceaccounts"), core.WithResource("replicationcontrollers"),
+		core.WithResource("configmaps"), core.WithResource("serviceaccounts"), core.WithResource("replicationcontrollers"),
 		apps.WithResource("deployments"), apps.WithResource("replicasets"), apps.WithResource("statefulsets"), apps.WithResource("daemonsets"),
 		batch.WithResource("jobs"), batch.WithResource("cronjobs"),
 		networking.WithResource("ingresses"), networking.WithResource("networkpolicies"),
@@ -62,7 +63,7 @@ func Find(name string) (schema.GroupVersionResource, bool) {
 }
 
 // plain are the resources that a quota may also name without "count/".
-var plain = []string{Claims, Services, "configmaps", "secrets", "replicationcontrollers"}
+var plain = []string{Claims, Services, "configmaps", "replicationcontrollers"}
 
 // canonical is the one name of those that mean the same, in the way that
 // ResourceQuota has aliases.
