@@ -276,7 +276,8 @@ func TestOIDC(t *testing.T) {
 	provider.start(t, etcd, "first/")
 	t.Cleanup(provider.stop)
 
-	cache := Cache(filepath.Join(t.TempDir(), "h8s"))
+	home := t.TempDir()
+	cache := Cache(filepath.Join(home, "h8s", "sessions"))
 	session := Session{OIDC: &OIDC{Issuer: provider.issuer, ClientID: clientID, CA: provider.ca, Scopes: []string{"email", "groups"}}}
 	waits, person := browse(ctx, provider.ca)
 	if err := cache.Login(waits, "ann/dex", session, person); err != nil {
@@ -294,6 +295,7 @@ func TestOIDC(t *testing.T) {
 	}
 	first := token()
 	checkWhoAmI(t, config, first)
+	checkKubectl(t, config, home, "ann/dex")
 	if token() != first {
 		t.Error("a token that is good for minutes was replaced")
 	}
@@ -363,6 +365,25 @@ func checkWhoAmI(t *testing.T, admin *rest.Config, token string) {
 		}
 		return nil
 	})
+}
+
+// checkKubectl has kubectl ask the credential plugin, which is h8s itself, as the
+// kubeconfig entry says.
+func checkKubectl(t *testing.T, admin *rest.Config, home, session string) {
+	t.Helper()
+	kubeconfig := filepath.Join(home, "config")
+	entry := Entry{Name: session, Cluster: "test", Server: admin.Host, CA: admin.CAData, Command: filepath.Join(binDir(t), "h8s")}
+	if err := entry.Add(filesAt(kubeconfig)); err != nil {
+		t.Fatal(err)
+	}
+	for _, argv := range [][]string{{"kubectl", "auth", "whoami"}, {"h8s", "whoami"}} {
+		cmd := exec.Command(filepath.Join(binDir(t), argv[0]), append(argv[1:], "--kubeconfig="+kubeconfig)...)
+		cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+home, "HOME="+home)
+		out, err := cmd.CombinedOutput()
+		if err != nil || !strings.Contains(string(out), "oidc:"+email) {
+			t.Errorf("%v: %v\n%s", argv, err, out)
+		}
+	}
 }
 
 // age makes the session's credential as old as if it had been got that much earlier.
