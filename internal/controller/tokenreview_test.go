@@ -259,7 +259,7 @@ func TestKeystone(t *testing.T) {
 	}
 	eventually(t, func() error {
 		if _, err := whoAmI(t, alice); !apierrors.IsUnauthorized(err) {
-			return fmt.Errorf("without her role: %v, want 401", err)
+			return fmt.Errorf("without her role: %s, want 401", fmt.Sprint(err))
 		}
 		return nil
 	})

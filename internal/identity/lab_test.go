@@ -177,7 +177,10 @@ func (p person) byCredential(t *testing.T, token string, more object) object {
 	req := must[*http.Request](t)(http.NewRequestWithContext(t.Context(), http.MethodPost, server.URL()+"/users/"+p.ID+"/application_credentials", bytes.NewReader(body)))
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("X-Auth-Token", token)
-	resp := must[*http.Response](t)(http.DefaultClient.Do(req))
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
 	defer resp.Body.Close()
 	var made struct {
 		Credential struct {

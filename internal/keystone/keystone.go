@@ -54,8 +54,8 @@ const (
 	// machine can read Keystone's keys. It needs no name.
 	unprivileged = 65533
 	// How long Keystone may take: it imports half of OpenStack, on a busy machine too.
-	manageTimeout = 2 * time.Minute
-	startTimeout  = time.Minute
+	manageTimeout = 5 * time.Minute
+	startTimeout  = 2 * time.Minute
 	stopTimeout   = 10 * time.Second
 )
 
