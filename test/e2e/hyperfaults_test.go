@@ -161,7 +161,11 @@ func testEnded(t *testing.T, tn, system tenant, node string) {
 				if test.spec == never {
 					state, phase = "state", "0 False"
 				}
-				within(t, 60*time.Second, func() error {
+				limit := time.Minute
+				if pod == "hang" {
+					limit = 2 * time.Minute // it may be late, until a ping has had 40 seconds
+				}
+				within(t, limit, func() error {
 					out, err := try(admin, "get", "pod", pod, "-n", test.in.ns, "-o", "jsonpath={.status.containerStatuses[0]."+state+".terminated.exitCode} {.status.containerStatuses[0]."+state+".terminated.reason}")
 					if pod == "shim" && out == " " {
 						// The kubelet may forget how a container ended whose sandbox it has replaced, and

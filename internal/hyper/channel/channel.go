@@ -40,8 +40,9 @@ const (
 	maxArgument = 1 << 10
 	windowSize  = 256 << 10 // yamux's minimum
 	pingEvery   = 5 * time.Second
-	// openTimeout also bounds how long a ping may take.
-	openTimeout = 15 * time.Second
+	// openTimeout also bounds how long a ping may take. A guest without a request of CPU gets
+	// next to none while other pods of its node want all: it is late, and does not hang.
+	openTimeout = 40 * time.Second
 )
 
 func config() *yamux.Config {
