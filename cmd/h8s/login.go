@@ -119,7 +119,7 @@ func (f *loginFlags) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := entry.Check(f.files.access()); err != nil {
+	if session.Cluster, err = entry.Check(f.files.access()); err != nil {
 		return err
 	}
 	if err := cache.Login(ctx, entry.Name, session, login.Terminal{}); err != nil {
@@ -237,7 +237,7 @@ func newCredential() *cobra.Command {
 	cmd := &cobra.Command{Use: "credential", Short: "Credential plugin that kubectl calls", Hidden: true, Args: cobra.NoArgs}
 	session := cmd.Flags().String("session", "", "name of the session")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		interactive, err := login.Interactive(os.Getenv(login.ExecInfoVariable))
+		cluster, interactive, err := login.ParseExecInfo(os.Getenv(login.ExecInfoVariable))
 		if err != nil {
 			return err
 		}
@@ -249,7 +249,7 @@ func newCredential() *cobra.Command {
 		if interactive {
 			person = login.Terminal{}
 		}
-		credential, err := cache.Credential(cmd.Context(), *session, person)
+		credential, err := cache.Credential(cmd.Context(), *session, cluster, person)
 		if err != nil {
 			return err
 		}

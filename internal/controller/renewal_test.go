@@ -121,7 +121,7 @@ func TestRenewalOfCertificate(t *testing.T) {
 	if err := cache.Login(ctx, "ann", login.Session{Certificate: first}, nil); err != nil {
 		t.Fatal(err)
 	}
-	have, err := cache.Credential(ctx, "ann", nil)
+	have, err := cache.Credential(ctx, "ann", login.Cluster{}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -138,7 +138,7 @@ func TestRenewalOfCertificate(t *testing.T) {
 		}
 		return nil
 	})
-	if again, err := cache.Credential(ctx, "ann", nil); err != nil || again.Certificate != have.Certificate {
+	if again, err := cache.Credential(ctx, "ann", login.Cluster{}, nil); err != nil || again.Certificate != have.Certificate {
 		t.Errorf("a fresh certificate was replaced (%v)", err)
 	}
 

@@ -13,19 +13,24 @@ import (
 // ExecInfoVariable is where kubectl says what it wants of a credential plugin.
 const ExecInfoVariable = "KUBERNETES_EXEC_INFO"
 
-// Interactive reads an ExecCredential of that variable: may somebody be asked?
-func Interactive(info string) (bool, error) {
+// ParseExecInfo reads an ExecCredential of that variable: which cluster shall get the
+// credential, and may somebody be asked?
+func ParseExecInfo(info string) (cluster Cluster, interactive bool, err error) {
 	if info == "" {
-		return false, errors.New("this command is for kubectl, which calls it by itself (" + ExecInfoVariable + " is not set); `h8s login` is for people")
+		return cluster, false, errors.New("this command is for kubectl, which calls it by itself (" + ExecInfoVariable + " is not set); `h8s login` is for people")
 	}
 	var request clientauthenticationv1.ExecCredential
 	if err := json.Unmarshal([]byte(info), &request); err != nil {
-		return false, fmt.Errorf("parse %s: %w", ExecInfoVariable, err)
+		return cluster, false, fmt.Errorf("parse %s: %w", ExecInfoVariable, err)
 	}
 	if want := clientauthenticationv1.SchemeGroupVersion.String(); request.APIVersion != want || request.Kind != "ExecCredential" {
-		return false, fmt.Errorf("%s speaks %s %s, and this program %s: run `h8s login` again to renew the kubeconfig", ExecInfoVariable, request.APIVersion, request.Kind, want)
+		return cluster, false, fmt.Errorf("%s speaks %s %s, and this program %s: run `h8s login` again to renew the kubeconfig", ExecInfoVariable, request.APIVersion, request.Kind, want)
 	}
-	return request.Spec.Interactive, nil
+	target := request.Spec.Cluster
+	if target == nil {
+		return cluster, false, fmt.Errorf("%s does not say which cluster the credential is for: run `h8s login` again to renew the kubeconfig", ExecInfoVariable)
+	}
+	return Cluster{Server: target.Server, CA: string(target.CertificateAuthorityData)}, request.Spec.Interactive, nil
 }
 
 // WriteExecCredential writes the plugin's answer.

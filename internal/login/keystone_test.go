@@ -196,7 +196,7 @@ func TestKeystone(t *testing.T) {
 					t.Errorf("a secret is in the session's file:\n%s", data)
 				}
 			}
-			have, err := cache.Credential(ctx, "s", nil)
+			have, err := cache.Credential(ctx, "s", Cluster{}, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -252,7 +252,7 @@ func TestKeystone(t *testing.T) {
 			t.Fatal(err)
 		}
 		server.Stop()
-		if _, err := cache.Credential(ctx, "s", nil); err != nil {
+		if _, err := cache.Credential(ctx, "s", Cluster{}, nil); err != nil {
 			t.Errorf("the token is good, and still: %v", err)
 		}
 		err = cache.Logout(ctx, "s")

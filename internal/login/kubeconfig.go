@@ -3,6 +3,7 @@ package login
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 
 	clientauthenticationv1 "k8s.io/client-go/pkg/apis/clientauthentication/v1"
@@ -25,13 +26,34 @@ type Entry struct {
 }
 
 // Check says what keeps Add from writing the entry: a name that stands for something
-// else already, or a cluster that nothing describes.
-func (e Entry) Check(files clientcmd.ConfigAccess) error {
+// else already, or a cluster that nothing describes. It returns the cluster that the
+// entry leads to.
+func (e Entry) Check(files clientcmd.ConfigAccess) (Cluster, error) {
 	config, err := files.GetStartingConfig()
 	if err != nil {
-		return fmt.Errorf("read the kubeconfig: %w", err)
+		return Cluster{}, fmt.Errorf("read the kubeconfig: %w", err)
 	}
-	return e.check(config)
+	if err := e.check(config); err != nil {
+		return Cluster{}, err
+	}
+	have := config.Clusters[e.Cluster]
+	if have == nil {
+		return Cluster{Server: e.Server, CA: string(e.CA)}, nil
+	}
+	ca, err := authority(have)
+	return Cluster{Server: have.Server, CA: ca}, err
+}
+
+// authority is the cluster's CA, PEM. Data counts more than a file, as in kubectl.
+func authority(c *clientcmdapi.Cluster) (string, error) {
+	if len(c.CertificateAuthorityData) > 0 || c.CertificateAuthority == "" {
+		return string(c.CertificateAuthorityData), nil
+	}
+	ca, err := os.ReadFile(c.CertificateAuthority)
+	if err != nil {
+		return "", fmt.Errorf("read the CA that the kubeconfig names: %w", err)
+	}
+	return string(ca), nil
 }
 
 func (e Entry) check(config *clientcmdapi.Config) error {
@@ -69,7 +91,9 @@ func (e Entry) Add(files clientcmd.ConfigAccess) error {
 		Command:         e.Command,
 		Args:            []string{"credential", "--session", e.Name},
 		InteractiveMode: clientcmdapi.IfAvailableExecInteractiveMode,
-		InstallHint:     "h8s is needed to log in to this cluster: install it, or run `h8s login` where it is.",
+		// The session is found by its name alone: the plugin must see who gets its credential.
+		ProvideClusterInfo: true,
+		InstallHint:        "h8s is needed to log in to this cluster: install it, or run `h8s login` where it is.",
 	}
 	if have := config.AuthInfos[e.Name]; have != nil {
 		user.LocationOfOrigin = have.LocationOfOrigin

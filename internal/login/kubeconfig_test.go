@@ -90,8 +90,8 @@ func TestEntry(t *testing.T) {
 	}
 }
 
-func TestInteractive(t *testing.T) {
-	const right = `{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","spec":{"interactive":%s}}`
+func TestParseExecInfo(t *testing.T) {
+	const right = `{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","spec":{"interactive":%s,"cluster":{"server":"https://prod:6443","certificate-authority-data":"Q0E="}}}`
 	for name, test := range map[string]struct {
 		info string
 		want bool
@@ -101,12 +101,16 @@ func TestInteractive(t *testing.T) {
 		"a script":        {strings.Replace(right, "%s", "false", 1), false, ""},
 		"called by hand":  {"", false, "h8s login"},
 		"an old protocol": {`{"apiVersion":"client.authentication.k8s.io/v1beta1","kind":"ExecCredential"}`, false, "v1beta1"},
+		"an old entry":    {`{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","spec":{"interactive":true}}`, false, "which cluster"},
 		"no JSON":         {"{", false, "parse"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := Interactive(test.info)
+			cluster, got, err := ParseExecInfo(test.info)
 			if got != test.want || (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
 				t.Errorf("%t, %v", got, err)
+			}
+			if want := (Cluster{Server: "https://prod:6443", CA: "CA"}); err == nil && cluster != want {
+				t.Errorf("for %v, want %v", cluster, want)
 			}
 		})
 	}

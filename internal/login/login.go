@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -60,8 +61,26 @@ type Person interface {
 	Tell(message string)
 }
 
+// Cluster is an API server that credentials are for. Its name in a kubeconfig says
+// nothing: every kubeadm's is "kubernetes".
+type Cluster struct {
+	Server string `json:"server"`
+	// CA is PEM; the machine's own if empty.
+	CA string `json:"ca,omitempty"`
+}
+
+func (c Cluster) sameServer(other Cluster) bool {
+	return strings.TrimRight(c.Server, "/") == strings.TrimRight(other.Server, "/")
+}
+
+func (c Cluster) same(other Cluster) bool {
+	return c.sameServer(other) && strings.TrimSpace(c.CA) == strings.TrimSpace(other.CA)
+}
+
 // Session is how one gets into a cluster. Exactly one of the providers is set.
 type Session struct {
+	Cluster Cluster `json:"cluster"`
+
 	Keystone    *Keystone    `json:"keystone,omitempty"`
 	OIDC        *OIDC        `json:"oidc,omitempty"`
 	Certificate *Certificate `json:"certificate,omitempty"`
@@ -88,7 +107,8 @@ const (
 )
 
 // Login gets a credential for the session, asking the person what it must, and
-// keeps both under the name. It replaces what the name stood for.
+// keeps both under the name. It replaces what the name stood for, but not the session
+// of another server.
 func (c Cache) Login(ctx context.Context, name string, s Session, person Person) error {
 	provider, err := s.provider()
 	if err != nil {
@@ -96,6 +116,9 @@ func (c Cache) Login(ctx context.Context, name string, s Session, person Person)
 	}
 	ctx, cancel := context.WithTimeout(ctx, personTime)
 	defer cancel()
+	if err := c.replaceable(name, s.Cluster); err != nil { // nobody types in vain
+		return err
+	}
 	// Before the lock: kubectl must not wait for a person who types.
 	if s.Credential, err = provider.Login(ctx, person); err != nil {
 		return fmt.Errorf("log in: %w", err)
@@ -105,14 +128,27 @@ func (c Cache) Login(ctx context.Context, name string, s Session, person Person)
 		return err
 	}
 	defer unlock()
+	if err := c.replaceable(name, s.Cluster); err != nil {
+		return err
+	}
 	return c.save(name, &s)
 }
 
+// replaceable says what keeps a login to the cluster from taking the name. The same
+// server with another CA is a cluster that was made anew.
+func (c Cache) replaceable(name string, cluster Cluster) error {
+	if have, err := c.load(name); err == nil && have.Cluster.Server != "" && !have.Cluster.sameServer(cluster) {
+		return fmt.Errorf("the session %q is for %s: choose another name with --session, or end it with `h8s logout --session %s`", name, have.Cluster.Server, name)
+	}
+	return nil // what cannot be read is worth nothing
+}
+
 // Credential returns a credential of the session that is good for a while, and gets
-// another when the last one is near its end. Several processes may call it at the
+// another when the last one is near its end. It refuses if the session is for another
+// cluster than the one that shall get the credential. Several processes may call it at the
 // same time: one of them renews and the others wait for it. Person is nil if nobody
 // can be asked; the error then says to run `h8s login`.
-func (c Cache) Credential(ctx context.Context, name string, person Person) (*Credential, error) {
+func (c Cache) Credential(ctx context.Context, name string, cluster Cluster, person Person) (*Credential, error) {
 	wait, cancel := context.WithTimeout(ctx, machineTime)
 	defer cancel()
 	unlock, err := c.lock(wait, name)
@@ -123,6 +159,9 @@ func (c Cache) Credential(ctx context.Context, name string, person Person) (*Cre
 	s, err := c.load(name)
 	if err != nil {
 		return nil, err
+	}
+	if !s.Cluster.same(cluster) {
+		return nil, fmt.Errorf("the session %q is for the cluster at %q, with the CA of the login, and this is another at %q: log in to this one with `h8s login`, and --session if you want both", name, s.Cluster.Server, cluster.Server)
 	}
 	if s.Credential.fresh(time.Now()) {
 		return s.Credential, nil

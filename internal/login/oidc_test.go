@@ -278,7 +278,10 @@ func TestOIDC(t *testing.T) {
 
 	home := t.TempDir()
 	cache := Cache(filepath.Join(home, "h8s", "sessions"))
-	session := Session{OIDC: &OIDC{Issuer: provider.issuer, ClientID: clientID, CA: provider.ca, Scopes: []string{"email", "groups"}}}
+	session := Session{
+		Cluster: Cluster{Server: config.Host, CA: string(config.CAData)},
+		OIDC:    &OIDC{Issuer: provider.issuer, ClientID: clientID, CA: provider.ca, Scopes: []string{"email", "groups"}},
+	}
 	waits, person := browse(ctx, provider.ca)
 	if err := cache.Login(waits, "ann/dex", session, person); err != nil {
 		t.Fatalf("%v (%v); told: %q", err, context.Cause(waits), person.told)
@@ -287,7 +290,7 @@ func TestOIDC(t *testing.T) {
 
 	token := func() string {
 		t.Helper()
-		got, err := cache.Credential(ctx, "ann/dex", nil)
+		got, err := cache.Credential(ctx, "ann/dex", session.Cluster, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -323,19 +326,19 @@ func TestOIDC(t *testing.T) {
 	// It is back and knows nothing of the refresh token; the token's end has come.
 	provider.start(t, etcd, "second/")
 	age(t, cache, "ann/dex", 24*time.Hour)
-	if got, err := cache.Credential(ctx, "ann/dex", nil); err == nil || !errors.Is(err, ErrPersonNeeded) || !strings.Contains(err.Error(), "run `h8s login`") {
+	if got, err := cache.Credential(ctx, "ann/dex", session.Cluster, nil); err == nil || !errors.Is(err, ErrPersonNeeded) || !strings.Contains(err.Error(), "run `h8s login`") {
 		t.Errorf("credential %v, error %v; want one sentence about `h8s login`", got, err)
 	}
 	// With a terminal, kubectl's plugin asks.
 	waits, person = browse(ctx, provider.ca)
-	if got, err := cache.Credential(waits, "ann/dex", person); err != nil || got.Token == "" {
+	if got, err := cache.Credential(waits, "ann/dex", session.Cluster, person); err != nil || got.Token == "" {
 		t.Errorf("with somebody to ask: %v (%v)", err, context.Cause(waits))
 	}
 
 	if err := cache.Logout(ctx, "ann/dex"); err != nil {
 		t.Errorf("logout: %v", err)
 	}
-	if _, err := cache.Credential(ctx, "ann/dex", nil); err == nil || !strings.Contains(err.Error(), "run `h8s login`") {
+	if _, err := cache.Credential(ctx, "ann/dex", session.Cluster, nil); err == nil || !strings.Contains(err.Error(), "run `h8s login`") {
 		t.Errorf("after the logout: %v", err)
 	}
 	if err := cache.Logout(ctx, "ann/dex"); err != nil {

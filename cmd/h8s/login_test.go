@@ -1,0 +1,125 @@
+package main
+
+import (
+	"encoding/pem"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+// TestMain is h8s itself when a kubeconfig of a test calls its plugin.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "credential" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// apiServer is a cluster as far as a thief needs one: it remembers what it is sent.
+type apiServer struct {
+	*httptest.Server
+	ca     string // its file
+	tokens []string
+}
+
+func newAPIServer(t *testing.T) *apiServer {
+	t.Helper()
+	s := &apiServer{ca: filepath.Join(t.TempDir(), "ca.crt")}
+	s.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.tokens = append(s.tokens, strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer "))
+		w.WriteHeader(http.StatusForbidden)
+	}))
+	t.Cleanup(s.Close)
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})
+	if err := os.WriteFile(s.ca, ca, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// ask sends a request with the kubeconfig, as kubectl does.
+func ask(t *testing.T, kubeconfig string) error {
+	t.Helper()
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kube, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = kube.AuthenticationV1().SelfSubjectReviews().Create(t.Context(), &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{})
+	return err
+}
+
+// TestTokensStayWithTheirCluster logs in to two clusters that are both called
+// "kubernetes", each in a kubeconfig of its own.
+func TestTokensStayWithTheirCluster(t *testing.T) {
+	issued := 0
+	identity := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		issued++
+		w.Header().Set("X-Subject-Token", fmt.Sprintf("token-%d", issued))
+		w.WriteHeader(http.StatusCreated)
+		fmt.Fprintf(w, `{"token":{"expires_at":%q}}`, time.Now().Add(time.Hour).UTC().Format("2006-01-02T15:04:05.000000Z"))
+	}))
+	t.Cleanup(identity.Close)
+	dir := t.TempDir()
+	for name, value := range map[string]string{
+		"XDG_CACHE_HOME": dir, "HOME": dir, "OS_CLOUD": "",
+		"OS_AUTH_URL": identity.URL + "/v3", "OS_USERNAME": "ann", "OS_USER_DOMAIN_NAME": "Default", "OS_PASSWORD": "secret",
+	} {
+		t.Setenv(name, value)
+	}
+	a, b := newAPIServer(t), newAPIServer(t)
+	login := func(s *apiServer, kubeconfig string, more ...string) error {
+		t.Setenv("KUBECONFIG", kubeconfig)
+		root := newRoot()
+		root.SetArgs(append([]string{"login", "--cluster", "kubernetes", "--server", s.URL, "--certificate-authority", s.ca}, more...))
+		return root.ExecuteContext(t.Context())
+	}
+	fileA, fileB := filepath.Join(dir, "a"), filepath.Join(dir, "b")
+	if err := login(a, fileA); err != nil {
+		t.Fatal(err)
+	}
+	_ = ask(t, fileA)
+	if len(a.tokens) != 1 || a.tokens[0] != "token-1" {
+		t.Fatalf("A got %q, want its token", a.tokens)
+	}
+
+	// The second login would take the first one's name.
+	if err := login(b, fileB); err == nil || !strings.Contains(err.Error(), "--session") || issued != 1 {
+		t.Errorf("login to B in A's session: %v (%d tokens), want a refusal that names --session", err, issued)
+	}
+	if err := login(b, fileB, "--session", "b"); err != nil {
+		t.Fatal(err)
+	}
+	_ = ask(t, fileB)
+	if len(b.tokens) != 1 || b.tokens[0] != "token-2" {
+		t.Errorf("B got %q, want its token", b.tokens)
+	}
+
+	// However it came about that A's kubeconfig asks for B's session.
+	config, err := clientcmd.LoadFromFile(fileA)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.AuthInfos["h8s-kubernetes"].Exec.Args[2] = "b"
+	if err := clientcmd.WriteToFile(*config, fileA); err != nil {
+		t.Fatal(err)
+	}
+	a.tokens = nil
+	if err := ask(t, fileA); err == nil || len(a.tokens) != 0 {
+		t.Errorf("A got %q (%v), want nothing", a.tokens, err)
+	}
+}
