@@ -40,6 +40,12 @@ func (c *Credential) usable(now time.Time) bool {
 	return c != nil && (c.Token != "" || c.Certificate != "") && now.Before(c.Expires.Add(-skew))
 }
 
+// revocable says whether it may be worth something to somebody else: how long a
+// refresh token lives, only its issuer knows.
+func (c *Credential) revocable(now time.Time) bool {
+	return c.usable(now) || c != nil && c.Refresh != ""
+}
+
 func (c *Credential) fresh(now time.Time) bool { return c.usable(now) && now.Before(c.Renew) }
 
 // Provider is a place that credentials come from.
@@ -205,13 +211,16 @@ func (c Cache) Logout(ctx context.Context, name string) error {
 		return nil
 	}
 	var revoked error
-	if err == nil && s.Credential.usable(time.Now()) {
+	if err == nil && s.Credential.revocable(time.Now()) {
+		until := s.Credential.Expires.Format(time.RFC3339)
+		if s.Credential.Refresh != "" {
+			until = "its issuer ends it"
+		}
 		provider, err := s.provider()
 		if err != nil {
 			revoked = err
 		} else if err := provider.Revoke(ctx, s.Credential); err != nil {
-			revoked = fmt.Errorf("the session is forgotten here, but its credential could not be revoked and stays valid until %s: %w",
-				s.Credential.Expires.Format(time.RFC3339), err)
+			revoked = fmt.Errorf("the session is forgotten here, but its credential could not be revoked and stays valid until %s: %w", until, err)
 		}
 	}
 	return errors.Join(revoked, c.remove(name))

@@ -1,6 +1,8 @@
 package login
 
 import (
+	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,11 +24,41 @@ func TestCredentialIsForOneCluster(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			cache := newCache(t, Session{Cluster: mine, Credential: goodFor(time.Hour)})
 			got, err := cache.Credential(t.Context(), "s", test.cluster, nil)
-			if (err != nil) != test.refused || (got == nil) != test.refused {
-				t.Errorf("%v, %v", got, err)
+			if !test.refused && err != nil {
+				t.Error(err)
 			}
-			if test.refused && !strings.Contains(err.Error(), "h8s login") {
-				t.Errorf("%v, want what to do", err)
+			if test.refused && (err == nil || got != nil || !strings.Contains(err.Error(), "h8s login")) {
+				t.Errorf("%v, %v, want a refusal that says what to do", got, err)
+			}
+		})
+	}
+}
+
+func TestLogoutRevokes(t *testing.T) {
+	for name, test := range map[string]struct {
+		spent bool
+		down  bool
+		want  string // part of the error
+	}{
+		"a credential that is good":              {},
+		"only the refresh token is good":         {spent: true},
+		"that cannot be, and the person is told": {spent: true, down: true, want: "could not be revoked and stays valid until its issuer ends it"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			issuer := newIssuer(t)
+			cache := newCache(t, issuer.session(test.spent))
+			if test.down {
+				issuer.Close()
+			}
+			err := cache.Logout(t.Context(), "s")
+			if (err != nil) != test.down || err != nil && !strings.Contains(err.Error(), test.want) {
+				t.Errorf("logout: %v", err)
+			}
+			if !test.down && !slices.Equal(issuer.revoked, []string{"refresh-0"}) {
+				t.Errorf("revoked are %q, want the refresh token", issuer.revoked)
+			}
+			if _, err := cache.load("s"); !errors.Is(err, errNoSession) {
+				t.Errorf("the session is not forgotten: %v", err)
 			}
 		})
 	}
