@@ -122,7 +122,7 @@ func (f *loginFlags) run(ctx context.Context) error {
 	if session.Cluster, err = entry.Check(f.files.access()); err != nil {
 		return err
 	}
-	if err := cache.Login(ctx, entry.Name, session, login.Terminal{}); err != nil {
+	if err := cache.Login(ctx, entry.Name, &session, login.Terminal{}); err != nil {
 		return err
 	}
 	if err := entry.Add(f.files.access()); err != nil {

@@ -118,7 +118,7 @@ func TestRenewalOfCertificate(t *testing.T) {
 	user := newUser(t, "renew-ann")
 	cache := login.Cache(filepath.Join(t.TempDir(), "sessions"))
 	first := begin(t, user.Name)
-	if err := cache.Login(ctx, "ann", login.Session{Certificate: first}, nil); err != nil {
+	if err := cache.Login(ctx, "ann", &login.Session{Certificate: first}, nil); err != nil {
 		t.Fatal(err)
 	}
 	have, err := cache.Credential(ctx, "ann", login.Cluster{}, nil)

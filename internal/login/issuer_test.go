@@ -24,6 +24,8 @@ type issuer struct {
 	refresh string // the only one that it takes
 	issued  int
 	revoked []string
+	asked   int           // how often somebody began to talk to it
+	hangs   chan struct{} // if not nil, it answers when that is closed
 }
 
 func newIssuer(t *testing.T) *issuer {
@@ -31,7 +33,16 @@ func newIssuer(t *testing.T) *issuer {
 	i := &issuer{subject: "ann", refresh: "refresh-0"}
 	i.rotateKey(t)
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /.well-known/openid-configuration", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /.well-known/openid-configuration", func(w http.ResponseWriter, r *http.Request) {
+		i.mu.Lock()
+		i.asked++
+		i.mu.Unlock()
+		if i.hangs != nil {
+			select {
+			case <-i.hangs:
+			case <-r.Context().Done():
+			}
+		}
 		answer(w, http.StatusOK, map[string]any{
 			"issuer": i.URL, "jwks_uri": i.URL + "/keys", "token_endpoint": i.URL + "/token", "revocation_endpoint": i.URL + "/revoke",
 			"id_token_signing_alg_values_supported": []string{"EdDSA"},

@@ -172,7 +172,7 @@ func TestKeystone(t *testing.T) {
 			cache, person := Cache(filepath.Join(t.TempDir(), "h8s")), &typist{answers: test.types}
 			k, err := NewKeystone(test.cloud, false, func(name string) string { return env[name] })
 			if err == nil {
-				err = cache.Login(ctx, "s", Session{Keystone: k}, person)
+				err = cache.Login(ctx, "s", &Session{Keystone: k}, person)
 			}
 			if len(person.asked) != test.asked {
 				t.Errorf("asked %q, want %d questions", person.asked, test.asked)
@@ -248,7 +248,7 @@ func TestKeystone(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := cache.Login(ctx, "s", Session{Keystone: k}, &typist{}); err != nil {
+		if err := cache.Login(ctx, "s", &Session{Keystone: k}, &typist{}); err != nil {
 			t.Fatal(err)
 		}
 		server.Stop()

@@ -106,16 +106,20 @@ func (s *Session) provider() (Provider, error) {
 	return nil, errors.New("the session says nothing of where its credentials come from")
 }
 
-// Timeouts of one exchange with a provider. A person needs longer.
+// Timeouts of one exchange with a provider. A person needs longer, and nobody shall
+// wait for what is not needed yet.
 const (
 	machineTime = 30 * time.Second
 	personTime  = 10 * time.Minute
+	spareTime   = 2 * time.Second
+	// respite is for how long a renewal is not tried again after one that failed.
+	respite = 30 * time.Second
 )
 
-// Login gets a credential for the session, asking the person what it must, and
-// keeps both under the name. It replaces what the name stood for, but not the session
+// Login gets a credential for the session, asking the person what it must, sets it
+// there and keeps the session under the name. It replaces what the name stood for, but not the session
 // of another server.
-func (c Cache) Login(ctx context.Context, name string, s Session, person Person) error {
+func (c Cache) Login(ctx context.Context, name string, s *Session, person Person) error {
 	provider, err := s.provider()
 	if err != nil {
 		return err
@@ -137,7 +141,7 @@ func (c Cache) Login(ctx context.Context, name string, s Session, person Person)
 	if err := c.replaceable(name, s.Cluster); err != nil {
 		return err
 	}
-	return c.save(name, &s)
+	return c.save(name, s)
 }
 
 // replaceable says what keeps a login to the cluster from taking the name. The same
@@ -150,24 +154,64 @@ func (c Cache) replaceable(name string, cluster Cluster) error {
 }
 
 // Credential returns a credential of the session that is good for a while, and gets
-// another when the last one is near its end. It refuses if the session is for another
-// cluster than the one that shall get the credential. Several processes may call it at the
-// same time: one of them renews and the others wait for it. Person is nil if nobody
-// can be asked; the error then says to run `h8s login`.
+// another when the last one is near its end. While that is good a renewal may take two
+// seconds, every half minute. It refuses if the session is for another cluster than the
+// one that shall get the credential. Several processes may call it at the same time: one
+// of them renews and the others wait for it. Person is nil if nobody can be asked; the
+// error then says to run `h8s login`.
 func (c Cache) Credential(ctx context.Context, name string, cluster Cluster, person Person) (*Credential, error) {
-	wait, cancel := context.WithTimeout(ctx, machineTime)
-	defer cancel()
-	unlock, err := c.lock(wait, name)
+	s, err := c.open(name, cluster)
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
+	if s.Credential.fresh(time.Now()) {
+		return s.Credential, nil
+	}
+	limit := machineTime
+	if s.Credential.usable(time.Now()) {
+		limit = spareTime
+	}
+	renewed, err := c.renew(ctx, name, cluster, limit)
+	switch {
+	case err == nil:
+		return renewed, nil
+	case s.Credential.usable(time.Now()):
+		// There is time to try again, and whoever gets the request judges it anyway.
+		return s.Credential, nil
+	case person == nil || !errors.Is(err, ErrPersonNeeded):
+		return nil, fmt.Errorf("the session %q has ended (%w): run `h8s login` again", name, err)
+	}
+	if err := c.Login(ctx, name, s, person); err != nil {
+		return nil, err
+	}
+	return s.Credential, nil
+}
+
+// open reads a session that is for the cluster.
+func (c Cache) open(name string, cluster Cluster) (*Session, error) {
 	s, err := c.load(name)
 	if err != nil {
 		return nil, err
 	}
 	if !s.Cluster.same(cluster) {
 		return nil, fmt.Errorf("the session %q is for the cluster at %q, with the CA of the login, and this is another at %q: log in to this one with `h8s login`, and --session if you want both", name, s.Cluster.Server, cluster.Server)
+	}
+	return s, nil
+}
+
+// renew gets and keeps another credential, if no other process has while this one
+// waited for its turn.
+func (c Cache) renew(ctx context.Context, name string, cluster Cluster, limit time.Duration) (*Credential, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	unlock, err := c.lock(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	s, err := c.open(name, cluster)
+	if err != nil {
+		return nil, err
 	}
 	if s.Credential.fresh(time.Now()) {
 		return s.Credential, nil
@@ -176,23 +220,16 @@ func (c Cache) Credential(ctx context.Context, name string, cluster Cluster, per
 	if err != nil {
 		return nil, err
 	}
-	renewed, err := provider.Renew(wait, s.Credential)
-	switch {
-	case err == nil:
+	renewed, err := provider.Renew(ctx, s.Credential)
+	if err == nil {
 		s.Credential = renewed
 		return renewed, c.save(name, s)
-	case s.Credential.usable(time.Now()):
-		// There is time to try again, and whoever gets the request judges it anyway.
-		return s.Credential, nil
-	case person == nil || !errors.Is(err, ErrPersonNeeded):
-		return nil, fmt.Errorf("the session %q has ended (%w): run `h8s login` again", name, err)
 	}
-	ask, cancelAsk := context.WithTimeout(ctx, personTime)
-	defer cancelAsk()
-	if s.Credential, err = provider.Login(ask, person); err != nil {
-		return nil, fmt.Errorf("log in: %w", err)
+	if s.Credential.usable(time.Now()) {
+		s.Credential.Renew = time.Now().Add(respite)
+		err = errors.Join(err, c.save(name, s))
 	}
-	return s.Credential, c.save(name, s)
+	return nil, err
 }
 
 // Logout revokes the session's credential and forgets the session. A session that

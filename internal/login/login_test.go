@@ -1,6 +1,7 @@
 package login
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"strings"
@@ -61,6 +62,84 @@ func TestLogoutRevokes(t *testing.T) {
 				t.Errorf("the session is not forgotten: %v", err)
 			}
 		})
+	}
+}
+
+// TestSlowRenewal has one that does not end, while the credential is good.
+func TestSlowRenewal(t *testing.T) {
+	for name, test := range map[string]struct {
+		locked bool
+		calls  int
+	}{
+		"the issuer":      {calls: 2},
+		"another process": {locked: true, calls: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			issuer := newIssuer(t)
+			issuer.hangs = make(chan struct{})
+			defer close(issuer.hangs)
+			cache := newCache(t, issuer.session(false))
+			if test.locked {
+				unlock, err := cache.lock(t.Context(), "s")
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer unlock()
+			}
+			for range test.calls {
+				done := make(chan error, 1)
+				go func() {
+					_, err := cache.Credential(t.Context(), "s", Cluster{}, nil)
+					done <- err
+				}()
+				select {
+				case err := <-done:
+					if err != nil {
+						t.Errorf("the credential is good, and still: %v", err)
+					}
+				case <-time.After(machineTime / 2):
+					t.Fatal("a credential that is good is kept back by its renewal")
+				}
+			}
+			issuer.mu.Lock()
+			defer issuer.mu.Unlock()
+			if issuer.asked > 1 {
+				t.Errorf("the issuer was asked %d times at once", issuer.asked)
+			}
+		})
+	}
+}
+
+// slow is somebody who types while another process wants the lock.
+type slow struct {
+	cache  Cache
+	locked error
+}
+
+var errGone = errors.New("the person has gone")
+
+func (p *slow) Ask(ctx context.Context, _ string, _ bool) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	unlock, err := p.cache.lock(ctx, "s")
+	if p.locked = err; err == nil {
+		unlock()
+	}
+	return "", errGone
+}
+
+func (*slow) Tell(string) {}
+
+func TestNobodyWaitsForWhoTypes(t *testing.T) {
+	cache := newCache(t, Session{Keystone: &Keystone{Environment: map[string]string{
+		"OS_AUTH_URL": "http://127.0.0.1:1/v3", "OS_USERNAME": "ann", "OS_USER_DOMAIN_NAME": "Default",
+	}}})
+	person := &slow{cache: cache}
+	if _, err := cache.Credential(t.Context(), "s", Cluster{}, person); !errors.Is(err, errGone) {
+		t.Fatalf("%v, want that the person was asked", err)
+	}
+	if person.locked != nil {
+		t.Error(person.locked)
 	}
 }
 

@@ -283,7 +283,7 @@ func TestOIDC(t *testing.T) {
 		OIDC:    &OIDC{Issuer: provider.issuer, ClientID: clientID, CA: provider.ca, Scopes: []string{"email", "groups"}},
 	}
 	waits, person := browse(ctx, provider.ca)
-	if err := cache.Login(waits, "ann/dex", session, person); err != nil {
+	if err := cache.Login(waits, "ann/dex", &session, person); err != nil {
 		t.Fatalf("%v (%v); told: %q", err, context.Cause(waits), person.told)
 	}
 	checkModes(t, string(cache))
@@ -303,9 +303,9 @@ func TestOIDC(t *testing.T) {
 		t.Error("a token that is good for minutes was replaced")
 	}
 
-	// Near its end: several kubectls at once renew it once; each refresh token is taken
+	// At its end: several kubectls at once renew it once; each refresh token is taken
 	// once only.
-	age(t, cache, "ann/dex", time.Hour)
+	age(t, cache, "ann/dex", 24*time.Hour)
 	renewed := make([]string, 8)
 	var wg sync.WaitGroup
 	for i := range renewed {
