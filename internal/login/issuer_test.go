@@ -23,6 +23,7 @@ type issuer struct {
 	subject string // whose ID tokens it gives
 	refresh string // the only one that it takes
 	issued  int
+	broken  bool // its ID tokens' signature is not its keys'
 	revoked []string
 	asked   int           // how often somebody began to talk to it
 	hangs   chan struct{} // if not nil, it answers when that is closed
@@ -108,7 +109,11 @@ func (i *issuer) idToken() string {
 	signed := part(map[string]any{"alg": "EdDSA", "kid": fmt.Sprint(i.keyID)}) + "." + part(map[string]any{
 		"iss": i.URL, "aud": clientID, "sub": i.subject, "iat": now.Unix(), "exp": now.Add(time.Hour).Unix(), "jti": fmt.Sprint(i.issued),
 	})
-	return signed + "." + base64.RawURLEncoding.EncodeToString(ed25519.Sign(i.key, []byte(signed)))
+	signature := ed25519.Sign(i.key, []byte(signed))
+	if i.broken {
+		signature[0]++
+	}
+	return signed + "." + base64.RawURLEncoding.EncodeToString(signature)
 }
 
 // session is one whose credential is at the end of its time, if spent, or only near it.
@@ -119,6 +124,6 @@ func (i *issuer) session(spent bool) Session {
 	}
 	return Session{
 		OIDC:       &OIDC{Issuer: i.URL, ClientID: clientID},
-		Credential: &Credential{Token: i.idToken(), Refresh: i.refresh, Renew: time.Now().Add(-time.Hour), Expires: expires},
+		Credential: &Credential{Token: i.idToken(), Refresh: i.refresh, Subject: i.subject, Renew: time.Now().Add(-time.Hour), Expires: expires},
 	}
 }

@@ -27,6 +27,8 @@ type Credential struct {
 	Key         string `json:"key,omitempty"`
 	// Refresh is an OAuth refresh token (RFC 6749, section 1.5).
 	Refresh string `json:"refresh,omitempty"`
+	// Subject is whose ID token it is (OpenID Connect Core 1.0, section 2).
+	Subject string `json:"subject,omitempty"`
 	// Renew is when it should be replaced, Expires when it is worth nothing.
 	Renew   time.Time `json:"renew"`
 	Expires time.Time `json:"expires"`
@@ -53,7 +55,8 @@ type Provider interface {
 	// Login gets a credential and may ask.
 	Login(ctx context.Context, person Person) (*Credential, error)
 	// Renew gets another without asking; ErrPersonNeeded if it cannot. Have is the
-	// last credential, nil if there is none.
+	// last credential, nil if there is none. What of it is spent, such as a refresh token,
+	// is replaced in it even if Renew fails.
 	Renew(ctx context.Context, have *Credential) (*Credential, error)
 	// Revoke makes the credential worthless where it came from, if that is possible.
 	Revoke(ctx context.Context, have *Credential) error
@@ -225,7 +228,7 @@ func (c Cache) renew(ctx context.Context, name string, cluster Cluster, limit ti
 		s.Credential = renewed
 		return renewed, c.save(name, s)
 	}
-	if s.Credential.usable(time.Now()) {
+	if s.Credential != nil {
 		s.Credential.Renew = time.Now().Add(respite)
 		err = errors.Join(err, c.save(name, s))
 	}

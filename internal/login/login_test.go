@@ -65,6 +65,49 @@ func TestLogoutRevokes(t *testing.T) {
 	}
 }
 
+// TestRenewalOutlivesKeys renews twice, at an issuer whose key is another than that of the
+// last ID token.
+func TestRenewalOutlivesKeys(t *testing.T) {
+	issuer := newIssuer(t)
+	cache := newCache(t, issuer.session(true))
+	for n := range 2 {
+		issuer.rotateKey(t)
+		got, err := cache.Credential(t.Context(), "s", Cluster{}, nil)
+		if err != nil {
+			t.Fatalf("renewal %d: %v", n, err)
+		}
+		if got.Subject != "ann" || got.Refresh != issuer.refresh {
+			t.Errorf("renewal %d: %+v, want ann's, with the refresh token %q", n, got, issuer.refresh)
+		}
+		age(t, cache, "s", 24*time.Hour)
+	}
+
+	// Somebody else's token is not taken.
+	issuer.subject = "eve"
+	if got, err := cache.Credential(t.Context(), "s", Cluster{}, nil); err == nil || !errors.Is(err, ErrPersonNeeded) || got != nil {
+		t.Errorf("%v, %v, want that eve's token is refused", got, err)
+	}
+}
+
+// TestSpentRefreshToken has a renewal that fails after the refresh token was replaced.
+func TestSpentRefreshToken(t *testing.T) {
+	for name, spent := range map[string]bool{"the credential is good": false, "it has ended": true} {
+		t.Run(name, func(t *testing.T) {
+			issuer := newIssuer(t)
+			cache := newCache(t, issuer.session(spent))
+			issuer.broken = true
+			if _, err := cache.Credential(t.Context(), "s", Cluster{}, nil); (err != nil) != spent {
+				t.Fatalf("credential: %v", err)
+			}
+			issuer.broken = false
+			age(t, cache, "s", 24*time.Hour)
+			if _, err := cache.Credential(t.Context(), "s", Cluster{}, nil); err != nil {
+				t.Errorf("the issuer is well again: %v", err)
+			}
+		})
+	}
+}
+
 // TestSlowRenewal has one that does not end, while the credential is good.
 func TestSlowRenewal(t *testing.T) {
 	for name, test := range map[string]struct {
