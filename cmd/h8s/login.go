@@ -173,6 +173,9 @@ func (f *loginFlags) target() (login.Entry, *rest.Config, error) {
 				return e, nil, fmt.Errorf("read the kubeconfig's certificates: %w", err)
 			}
 			e.Server, e.CA = config.Host, config.CAData
+			if described := raw.Clusters[c.Cluster]; described != nil {
+				e.TLSServerName, e.ProxyURL = described.TLSServerName, described.ProxyURL
+			}
 		}
 	case e.Cluster == "":
 		return e, nil, errors.New("it is not said which cluster: name its address with --server (and --certificate-authority), or use a kubeconfig that has it")

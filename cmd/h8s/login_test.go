@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 )
 
 // TestMain is h8s itself when a kubeconfig of a test calls its plugin.
@@ -61,6 +62,25 @@ func ask(t *testing.T, kubeconfig string) error {
 	}
 	_, err = kube.AuthenticationV1().SelfSubjectReviews().Create(t.Context(), &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{})
 	return err
+}
+
+// TestFromKeepsTheWay reads a kubeconfig whose cluster is not reached straight.
+func TestFromKeepsTheWay(t *testing.T) {
+	far := clientcmdapi.NewConfig()
+	far.Clusters["far"] = &clientcmdapi.Cluster{Server: "https://10.0.0.1:6443", CertificateAuthorityData: []byte("CA"), TLSServerName: "far", ProxyURL: "http://proxy:3128"}
+	far.Contexts["far"] = &clientcmdapi.Context{Cluster: "far"}
+	far.CurrentContext = "far"
+	f := loginFlags{files: &kubeconfigFiles{}, certificate: true, from: filepath.Join(t.TempDir(), "far")}
+	if err := clientcmd.WriteToFile(*far, f.from); err != nil {
+		t.Fatal(err)
+	}
+	e, _, err := f.target()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e.Server != "https://10.0.0.1:6443" || string(e.CA) != "CA" || e.TLSServerName != "far" || e.ProxyURL != "http://proxy:3128" {
+		t.Errorf("the entry is %+v", e)
+	}
 }
 
 // TestTokensStayWithTheirCluster logs in to two clusters that are both called

@@ -16,32 +16,26 @@ import (
 type Entry struct {
 	// Name of the user and the context; also of the session.
 	Name string
-	// Cluster is the name of the cluster. Server, and CA (PEM), describe it if the
-	// kubeconfig does not.
-	Cluster string
-	Server  string
-	CA      []byte
+	// Cluster is the name of the cluster. The next four are what a kubeconfig says of
+	// it; CA is PEM. They describe it if this one does not, and must agree if it does.
+	Cluster       string
+	Server        string
+	CA            []byte
+	TLSServerName string
+	ProxyURL      string
 	// Command is the absolute path of h8s.
 	Command string
 }
 
 // Check says what keeps Add from writing the entry: a name that stands for something
-// else already, or a cluster that nothing describes. It returns the cluster that the
-// entry leads to.
+// else already, or a cluster that nothing describes, or that has another server or CA.
+// It returns the cluster that the entry leads to.
 func (e Entry) Check(files clientcmd.ConfigAccess) (Cluster, error) {
 	config, err := files.GetStartingConfig()
 	if err != nil {
 		return Cluster{}, fmt.Errorf("read the kubeconfig: %w", err)
 	}
-	if err := e.check(config); err != nil {
-		return Cluster{}, err
-	}
-	have := config.Clusters[e.Cluster]
-	if have == nil {
-		return Cluster{Server: e.Server, CA: string(e.CA)}, nil
-	}
-	ca, err := authority(have)
-	return Cluster{Server: have.Server, CA: ca}, err
+	return e.check(config)
 }
 
 // authority is the cluster's CA, PEM. Data counts more than a file, as in kubectl.
@@ -56,20 +50,34 @@ func authority(c *clientcmdapi.Cluster) (string, error) {
 	return string(ca), nil
 }
 
-func (e Entry) check(config *clientcmdapi.Config) error {
+func (e Entry) check(config *clientcmdapi.Config) (Cluster, error) {
 	if have := config.AuthInfos[e.Name]; have != nil && sessionOf(have) == "" {
-		return fmt.Errorf("the kubeconfig has a user %q that `h8s login` did not make: choose another name with --session", e.Name)
+		return Cluster{}, fmt.Errorf("the kubeconfig has a user %q that `h8s login` did not make: choose another name with --session", e.Name)
 	}
 	if have := config.Contexts[e.Name]; have != nil && have.AuthInfo != e.Name {
-		return fmt.Errorf("the kubeconfig has a context %q of another user: choose another name with --session", e.Name)
+		return Cluster{}, fmt.Errorf("the kubeconfig has a context %q of another user: choose another name with --session", e.Name)
 	}
-	switch have := config.Clusters[e.Cluster]; {
-	case have == nil && e.Server == "":
-		return fmt.Errorf("the kubeconfig has no cluster %q: say --server, and --certificate-authority", e.Cluster)
-	case have != nil && e.Server != "" && have.Server != e.Server:
-		return fmt.Errorf("the kubeconfig has a cluster %q at %s, not %s: choose another name with --cluster", e.Cluster, have.Server, e.Server)
+	said := Cluster{Server: e.Server, CA: string(e.CA)}
+	described := config.Clusters[e.Cluster]
+	if described == nil {
+		if e.Server == "" {
+			return Cluster{}, fmt.Errorf("the kubeconfig has no cluster %q: say --server, and --certificate-authority", e.Cluster)
+		}
+		return said, nil
 	}
-	return nil
+	ca, err := authority(described)
+	if err != nil {
+		return Cluster{}, err
+	}
+	have := Cluster{Server: described.Server, CA: ca}
+	switch {
+	case said.Server != "" && !have.sameServer(said):
+		return Cluster{}, fmt.Errorf("the kubeconfig has a cluster %q at %s, not %s: choose another name with --cluster", e.Cluster, have.Server, said.Server)
+	case said.CA != "" && !have.same(said):
+		// Whom to trust is not ours to change: others use the cluster's entry, too.
+		return Cluster{}, fmt.Errorf("the kubeconfig has the cluster %q with another CA: if the cluster was made anew, `kubectl config delete-cluster %s` and log in again; if not, choose another name with --cluster", e.Cluster, e.Cluster)
+	}
+	return have, nil
 }
 
 // Add writes the entry and makes it the current context. Nothing that is there is
@@ -79,11 +87,11 @@ func (e Entry) Add(files clientcmd.ConfigAccess) error {
 	if err != nil {
 		return fmt.Errorf("read the kubeconfig: %w", err)
 	}
-	if err := e.check(config); err != nil {
+	if _, err := e.check(config); err != nil {
 		return err
 	}
 	if config.Clusters[e.Cluster] == nil {
-		config.Clusters[e.Cluster] = &clientcmdapi.Cluster{Server: e.Server, CertificateAuthorityData: e.CA}
+		config.Clusters[e.Cluster] = &clientcmdapi.Cluster{Server: e.Server, CertificateAuthorityData: e.CA, TLSServerName: e.TLSServerName, ProxyURL: e.ProxyURL}
 	}
 	user := clientcmdapi.NewAuthInfo()
 	user.Exec = &clientcmdapi.ExecConfig{

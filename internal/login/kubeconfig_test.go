@@ -1,6 +1,7 @@
 package login
 
 import (
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,6 +19,11 @@ func filesAt(path string) *clientcmd.PathOptions {
 func TestEntry(t *testing.T) {
 	old := clientcmdapi.NewConfig()
 	old.Clusters["prod"] = &clientcmdapi.Cluster{Server: "https://prod:6443", CertificateAuthorityData: []byte("CA")}
+	authority := filepath.Join(t.TempDir(), "ca.crt")
+	if err := os.WriteFile(authority, []byte("FILE"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	old.Clusters["filed"] = &clientcmdapi.Cluster{Server: "https://filed:6443", CertificateAuthority: authority}
 	old.AuthInfos["me"] = &clientcmdapi.AuthInfo{Token: "secret"}
 	old.AuthInfos["tool"] = &clientcmdapi.AuthInfo{Exec: &clientcmdapi.ExecConfig{APIVersion: "client.authentication.k8s.io/v1", Command: "tool", InteractiveMode: "Never"}}
 	old.Contexts["prod"] = &clientcmdapi.Context{Cluster: "prod", AuthInfo: "me", Namespace: "mine"}
@@ -29,6 +35,11 @@ func TestEntry(t *testing.T) {
 	}{
 		"a cluster that is there":        {entry: Entry{Name: "h8s-prod", Cluster: "prod"}},
 		"a new cluster":                  {entry: Entry{Name: "h8s-dev", Cluster: "dev", Server: "https://dev:6443", CA: []byte("DEV")}},
+		"through a proxy":                {entry: Entry{Name: "h8s-far", Cluster: "far", Server: "https://10.0.0.1:6443", TLSServerName: "far", ProxyURL: "http://proxy:3128"}},
+		"the same again":                 {entry: Entry{Name: "h8s-prod", Cluster: "prod", Server: "https://prod:6443", CA: []byte("CA\n")}},
+		"the same, in a file":            {entry: Entry{Name: "h8s-filed", Cluster: "filed", Server: "https://filed:6443", CA: []byte("FILE")}},
+		"a cluster that was made anew":   {Entry{Name: "x", Cluster: "prod", Server: "https://prod:6443", CA: []byte("NEW")}, "kubectl config delete-cluster prod"},
+		"made anew, a file":              {Entry{Name: "x", Cluster: "filed", Server: "https://filed:6443", CA: []byte("NEW")}, "kubectl config delete-cluster filed"},
 		"a cluster that nobody knows":    {Entry{Name: "x", Cluster: "dev"}, "say --server"},
 		"a cluster of the same name":     {Entry{Name: "x", Cluster: "prod", Server: "https://evil:6443"}, "choose another name with --cluster"},
 		"somebody's user":                {Entry{Name: "me", Cluster: "prod"}, "choose another name with --session"},
@@ -72,6 +83,9 @@ func TestEntry(t *testing.T) {
 			}
 			if c := got.Contexts[got.CurrentContext]; c.Cluster != test.entry.Cluster {
 				t.Errorf("the context leads to %q", c.Cluster)
+			}
+			if c := got.Clusters[test.entry.Cluster]; c.TLSServerName != test.entry.TLSServerName || c.ProxyURL != test.entry.ProxyURL {
+				t.Errorf("the cluster is %+v", c)
 			}
 
 			if err := Remove(files, session); err != nil {

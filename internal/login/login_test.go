@@ -35,6 +35,27 @@ func TestCredentialIsForOneCluster(t *testing.T) {
 	}
 }
 
+func TestLoginReplaces(t *testing.T) {
+	for name, test := range map[string]struct {
+		cluster Cluster
+		refused bool
+	}{
+		"the same cluster":                       {cluster: Cluster{Server: "https://prod:6443", CA: "CA"}},
+		"the same server, the cluster made anew": {cluster: Cluster{Server: "https://prod:6443", CA: "NEW"}},
+		"another server":                         {Cluster{Server: "https://dev:6443", CA: "CA"}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cache := newCache(t, Session{Cluster: Cluster{Server: "https://prod:6443", CA: "CA"}, Credential: goodFor(time.Hour)})
+			if err := cache.replaceable("s", test.cluster); (err != nil) != test.refused {
+				t.Error(err)
+			}
+			if err := cache.replaceable("another", test.cluster); err != nil {
+				t.Errorf("a new name: %v", err)
+			}
+		})
+	}
+}
+
 func TestLogoutRevokes(t *testing.T) {
 	for name, test := range map[string]struct {
 		spent bool
