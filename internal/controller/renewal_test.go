@@ -22,6 +22,7 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
@@ -278,6 +279,66 @@ func TestCertificateForgery(t *testing.T) {
 	}
 	if err := as(t, "forge-nobody").Create(ctx, tenancy.Renewal("forge-nobody", []byte("x"))); !apierrors.IsForbidden(err) {
 		t.Errorf("a request of one who is no User: %v", err)
+	}
+}
+
+// Requests of those who have their right from elsewhere are RBAC's business, but for
+// the names of Users' renewals.
+func TestCertificatesOfOthers(t *testing.T) {
+	ctx := t.Context()
+	newUser(t, "csr-ann")
+	// Kubernetes' own role for kubelets that join, and one as an operator may write it.
+	keeper := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: "csr-keeper"}, Rules: []rbacv1.PolicyRule{
+		{APIGroups: []string{certificatesv1.GroupName}, Resources: []string{"certificatesigningrequests"}, Verbs: []string{"*"}},
+	}}
+	bind := func(name, role string, subject rbacv1.Subject) *rbacv1.ClusterRoleBinding {
+		subject.APIGroup = rbacv1.GroupName
+		return &rbacv1.ClusterRoleBinding{
+			ObjectMeta: metav1.ObjectMeta{Name: name}, Subjects: []rbacv1.Subject{subject},
+			RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: role},
+		}
+	}
+	for _, obj := range []client.Object{
+		keeper,
+		bind("csr-keeper", keeper.Name, rbacv1.Subject{Kind: rbacv1.UserKind, Name: "csr-keeper"}),
+		bind("csr-bootstrap", "system:node-bootstrapper", rbacv1.Subject{Kind: rbacv1.GroupKind, Name: "system:bootstrappers"}),
+	} {
+		if err := cluster.admin.Create(ctx, obj); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), obj) })
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "system:node:n1", Organization: []string{"system:nodes"}}}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr := &certificatesv1.CertificateSigningRequest{
+		ObjectMeta: metav1.ObjectMeta{GenerateName: "node-csr-"},
+		Spec: certificatesv1.CertificateSigningRequestSpec{
+			SignerName: certificatesv1.KubeAPIServerClientKubeletSignerName, Usages: []certificatesv1.KeyUsage{certificatesv1.UsageClientAuth, certificatesv1.UsageDigitalSignature},
+			Request: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}),
+		},
+	}
+	for name, c := range map[string]client.Client{
+		"a kubelet that joins": as(t, "kubelet-bootstrap", "system:bootstrappers"),
+		"who keeps requests":   as(t, "csr-keeper"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			eventually(t, func() error { // the API server's authorizer learns of the role by a watch
+				err := c.Create(ctx, csr.DeepCopy(), client.DryRunAll)
+				if err != nil && !strings.Contains(err.Error(), "cannot create resource") {
+					t.Fatal(err)
+				}
+				return err
+			})
+			anns := csr.DeepCopy()
+			anns.Name = tenancy.RenewalPrefix + "csr-ann"
+			wantRefusal(t, c.Create(ctx, anns, client.DryRunAll), "for yourself only")
+		})
 	}
 }
 

@@ -82,7 +82,7 @@ func CheckRenewal(csr *certificatesv1.CertificateSigningRequest, user *v1alpha1.
 
 // RenewalRole lets the User make the request that renews its certificate, and read and
 // delete that one only. Whose name the request may have is an admission policy's, because RBAC cannot
-// limit `create` to a name.
+// limit `create` to a name; it finds whom it concerns by the right to delete.
 func RenewalRole(user string) rbacv1.ClusterRole {
 	return rbacv1.ClusterRole{
 		ObjectMeta: metav1.ObjectMeta{Name: RenewalPrefix + user, Labels: map[string]string{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy}},
