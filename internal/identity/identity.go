@@ -95,16 +95,24 @@ type token struct {
 	Roles                 []named   `json:"roles"`
 	ExpiresAt             time.Time `json:"expires_at"`
 	ApplicationCredential *named    `json:"application_credential"`
+	// Trust and OAuth1 are there if another acts for the user by a delegation of some roles
+	// (https://docs.openstack.org/api-ref/identity/v3-ext/).
+	Trust  *struct{} `json:"OS-TRUST:trust"`
+	OAuth1 *struct{} `json:"OS-OAUTH1"`
 }
 
 var (
 	errUnscoped   = errors.New("the token is scoped to neither a project nor a domain: log in with one")
+	errDelegated  = errors.New("the token was made by a trust or an OAuth1 delegation, and here it would be the whole user: log in as the user itself, or with an application credential")
 	errIncomplete = errors.New("Keystone does not say all of the user, the scope and their domains")
 )
 
 // identify translates a token. It fails if the token says too little for a name
-// that is only one user's.
+// that is only one user's, or if it is not the user who has it.
 func (p Prefix) identify(t *token) (*Identity, error) {
+	if t.Trust != nil || t.OAuth1 != nil {
+		return nil, errDelegated
+	}
 	if !t.User.complete() || t.ExpiresAt.IsZero() {
 		return nil, errIncomplete
 	}

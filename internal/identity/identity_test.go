@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -171,7 +172,8 @@ func TestRefused(t *testing.T) {
 	domain := newDomain(t, unique("domain"))
 	web := newProject(t, domain, "web")
 	user := newPerson(t, domain, "user")
-	assign(t, newRole(t, unique("role")), roles.AssignOpts{UserID: user.ID, ProjectID: web.ID})
+	role := newRole(t, unique("role"))
+	assign(t, role, roles.AssignOpts{UserID: user.ID, ProjectID: web.ID})
 	good := user.token(t, project(web))
 	if _, err := v.Validate(t.Context(), good); err != nil {
 		t.Fatal(err)
@@ -183,6 +185,8 @@ func TestRefused(t *testing.T) {
 		}
 		return s[:i] + string(c) + s[i+1:]
 	}
+	other := newPerson(t, domain, "other")
+	trusted := must[string](t)(login(t, other.byPassword(), object{"OS-TRUST:trust": object{"id": user.trust(t, good, other, web, role)}}))
 	rules := object{"access_rules": []object{{"path": "/v2.1/servers", "method": "GET", "service": "compute"}}}
 	tests := map[string]struct {
 		token string
@@ -209,6 +213,7 @@ func TestRefused(t *testing.T) {
 		"unscoped":                     {user.token(t, nil), true},
 		"access rules of a credential": {must[string](t)(login(t, user.byCredential(t, good, rules), nil)), true},
 		"the system's":                 {systemToken(t), true},
+		"a trust's":                    {trusted, true},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -239,6 +244,30 @@ func TestRefused(t *testing.T) {
 	}
 	if _, err := v.Validate(t.Context(), good); err != nil {
 		t.Errorf("the good one: %v", err)
+	}
+}
+
+// TestDelegated: whom another acts for is not who asks.
+func TestDelegated(t *testing.T) {
+	const user = `"user":{"id":"u","name":"ann","domain":{"id":"default","name":"Default"}},
+		"project":{"id":"p","name":"web","domain":{"id":"default","name":"Default"}},"expires_at":"2030-01-01T00:00:00.000000Z"`
+	for name, test := range map[string]struct {
+		more string
+		want error
+	}{
+		"nobody's":              {"", nil},
+		"a trust's":             {`,"OS-TRUST:trust":{"id":"t","impersonation":true,"trustor_user":{"id":"u"},"trustee_user":{"id":"x"}}`, errDelegated},
+		"one as oneself":        {`,"OS-TRUST:trust":{"id":"t","impersonation":false}`, errDelegated},
+		"an OAuth1 consumer's":  {`,"OS-OAUTH1":{"consumer_id":"c","access_token_id":"a"}`, errDelegated},
+		"a null, which is none": {`,"OS-TRUST:trust":null,"OS-OAUTH1":null`, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var answer token
+			ok(t, json.Unmarshal([]byte("{"+user+test.more+"}"), &answer))
+			if _, err := Prefix(DefaultPrefix).identify(&answer); !errors.Is(err, test.want) {
+				t.Errorf("%v, want %v", err, test.want)
+			}
+		})
 	}
 }
 

@@ -20,10 +20,12 @@ import (
 	"time"
 
 	"github.com/gophercloud/gophercloud/v2"
+	"github.com/gophercloud/gophercloud/v2/openstack"
 	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/credentials"
 	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/domains"
 	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/projects"
 	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/roles"
+	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/trusts"
 	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/users"
 
 	"h8s.io/hypernetes/internal/keystone"
@@ -193,6 +195,17 @@ func (p person) byCredential(t *testing.T, token string, more object) object {
 		t.Fatalf("make an application credential: %s", resp.Status)
 	}
 	return object{"methods": []string{"application_credential"}, "application_credential": object{"id": made.Credential.ID, "secret": made.Credential.Secret}}
+}
+
+// trust lets another act as the user with a role in a project, and is its id.
+func (p person) trust(t *testing.T, token string, trustee person, project *projects.Project, role *roles.Role) string {
+	t.Helper()
+	provider := must[*gophercloud.ProviderClient](t)(openstack.NewClient(server.URL()))
+	provider.SetToken(token)
+	client := must[*gophercloud.ServiceClient](t)(openstack.NewIdentityV3(provider, gophercloud.EndpointOpts{}))
+	return must[*trusts.Trust](t)(trusts.Create(t.Context(), client, trusts.CreateOpts{
+		Impersonation: true, ProjectID: project.ID, TrustorUserID: p.ID, TrusteeUserID: trustee.ID, Roles: []trusts.Role{{ID: role.ID}},
+	}).Extract()).ID
 }
 
 // gate is between a Service and Keystone: it counts, and misbehaves if told to.
