@@ -61,9 +61,11 @@ const (
 
 // Options say where a Keystone is and what it does. Dir and Address must be set.
 type Options struct {
-	// Dir holds all files of this Keystone: made if need be, and given to an
-	// unprivileged user if the caller is root, who must be able to get there. What is
-	// in it from before goes on: the database, the keys, the administrator's password.
+	// Dir holds all files of this Keystone, made if need be. They are the caller's, but
+	// for the directory `data` with the database: if the caller is root, Keystone is an
+	// unprivileged user that may write there and nowhere else, and must be able to get
+	// there. What is in it from before goes on: the database, the keys, the
+	// administrator's password.
 	Dir string
 	// Address to listen on.
 	Address netip.AddrPort
@@ -75,7 +77,8 @@ type Options struct {
 type Keystone struct {
 	opts     Options
 	password string
-	uid      int
+	// uid and gid are those of Keystone's processes.
+	uid, gid int
 }
 
 // Prepare makes what is missing of a Keystone's files: configuration, keys, and a
@@ -88,9 +91,9 @@ func Prepare(ctx context.Context, opts Options) (*Keystone, error) {
 	if opts.TokenLifetime == 0 {
 		opts.TokenLifetime = DefaultTokenLifetime
 	}
-	k := &Keystone{opts: opts, uid: os.Geteuid()}
+	k := &Keystone{opts: opts, uid: os.Geteuid(), gid: os.Getegid()}
 	if k.uid == 0 {
-		k.uid = unprivileged
+		k.uid, k.gid = unprivileged, unprivileged
 	}
 	if err := k.prepareFiles(); err != nil {
 		return nil, fmt.Errorf("prepare Keystone's files: %w", err)
@@ -158,12 +161,39 @@ func (k *Keystone) path(elem ...string) string {
 	return filepath.Join(append([]string{k.opts.Dir}, elem...)...)
 }
 
-// Log is the file that all of Keystone's programs write to.
+// data is where Keystone writes. Whoever has taken Keystone over can put links to
+// anything there: we make the directory, and touch nothing in it.
+func (k *Keystone) data(elem ...string) string {
+	return k.path(append([]string{"data"}, elem...)...)
+}
+
+// Log is the file that all of Keystone's programs write to. It is opened for them.
 func (k *Keystone) Log() string { return k.path("keystone.log") }
 
 func (k *Keystone) prepareFiles() error {
 	if err := os.MkdirAll(k.opts.Dir, 0o700); err != nil {
 		return err
+	}
+	info, err := os.Lstat(k.opts.Dir)
+	if err != nil {
+		return err
+	}
+	if stat, ok := info.Sys().(*syscall.Stat_t); !ok || !info.IsDir() || int(stat.Uid) != os.Geteuid() || info.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("%s is not a directory that is the caller's to write alone, so others may have put links there; remove it (`h8s down` does, if it is an embedded cluster's)", k.opts.Dir)
+	}
+	for _, dir := range []struct {
+		path string
+		uid  int
+		perm os.FileMode
+	}{
+		{k.opts.Dir, os.Geteuid(), 0o710},
+		{k.path("fernet-keys"), os.Geteuid(), 0o750},
+		{k.path("credential-keys"), os.Geteuid(), 0o750},
+		{k.data(), k.uid, 0o700},
+	} {
+		if err := k.ensureDir(dir.path, dir.uid, dir.perm); err != nil {
+			return err
+		}
 	}
 	// sqlite_synchronous: nobody's data depends on a crash of the machine. bcrypt's usual
 	// twelve rounds cost a quarter of a second of CPU at each login; four is the least.
@@ -185,8 +215,8 @@ key_repository = %s
 key_repository = %s
 [credential]
 key_repository = %s
-`, k.path("keystone.db"), int(k.opts.TokenLifetime.Seconds()), k.path("fernet-keys"), k.path("fernet-keys"), k.path("credential-keys"))
-	if err := renameio.WriteFile(k.path("keystone.conf"), []byte(config), 0o600); err != nil {
+`, k.data("keystone.db"), int(k.opts.TokenLifetime.Seconds()), k.path("fernet-keys"), k.path("fernet-keys"), k.path("credential-keys"))
+	if err := k.publish(k.path("keystone.conf"), config); err != nil {
 		return err
 	}
 	for _, repository := range []string{"fernet-keys", "credential-keys"} {
@@ -195,12 +225,11 @@ key_repository = %s
 		for _, number := range []string{"0", "1"} {
 			key := make([]byte, 32)
 			_, _ = rand.Read(key)
-			if _, err := ensureFile(k.path(repository, number), base64.URLEncoding.EncodeToString(key)); err != nil {
+			if _, err := ensureFile(k.path(repository, number), base64.URLEncoding.EncodeToString(key), k.publish); err != nil {
 				return err
 			}
 		}
 	}
-	var err error
 	if k.password, err = k.ensurePassword(AdminUser); err != nil {
 		return err
 	}
@@ -208,40 +237,52 @@ key_repository = %s
 	if err != nil {
 		return err
 	}
-	if err := log.Close(); err != nil {
+	return log.Close()
+}
+
+// ensureDir makes a directory in one that is the caller's.
+func (k *Keystone) ensureDir(path string, uid int, perm os.FileMode) error {
+	if err := os.Mkdir(path, perm); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	if k.uid == os.Geteuid() {
-		return nil
-	}
-	return filepath.WalkDir(k.opts.Dir, func(path string, _ os.DirEntry, err error) error {
-		if err == nil {
-			err = os.Lchown(path, k.uid, k.uid)
-		}
-		if errors.Is(err, os.ErrNotExist) {
-			return nil // one of SQLite's, of a Keystone that runs
-		}
+	if err := os.Lchown(path, uid, k.gid); err != nil {
 		return err
-	})
+	}
+	return os.Chmod(path, perm)
+}
+
+// publish writes a file of the caller's that Keystone may read, and others may not.
+func (k *Keystone) publish(path, content string) error {
+	file, err := renameio.NewPendingFile(path, renameio.WithStaticPermissions(0o640))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = file.Cleanup() }()
+	if err := file.Chown(-1, k.gid); err != nil {
+		return err
+	}
+	if _, err := file.WriteString(content); err != nil {
+		return err
+	}
+	return file.CloseAtomicallyReplace()
 }
 
 // ensurePassword is a random one, made when it is first asked for.
 func (k *Keystone) ensurePassword(user string) (string, error) {
 	secret := make([]byte, 16)
 	_, _ = rand.Read(secret)
-	return ensureFile(k.path(user+"-password"), hex.EncodeToString(secret))
+	return ensureFile(k.path(user+"-password"), hex.EncodeToString(secret), func(path, content string) error {
+		return renameio.WriteFile(path, []byte(content), 0o600)
+	})
 }
 
 // ensureFile returns what is in the file, which is written if there is none.
-func ensureFile(path, content string) (string, error) {
+func ensureFile(path, content string, write func(path, content string) error) (string, error) {
 	data, err := os.ReadFile(path)
 	if !errors.Is(err, os.ErrNotExist) {
 		return string(data), err
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return "", err
-	}
-	return content, renameio.WriteFile(path, []byte(content), 0o600)
+	return content, write(path, content)
 }
 
 // bootstrap makes the database: once, or again if it was not finished.
@@ -257,7 +298,7 @@ func (k *Keystone) bootstrap(ctx context.Context) error {
 	const wal = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('pragma journal_mode=wal')"
 	conf := k.path("keystone.conf")
 	for _, args := range [][]string{
-		{"-c", wal, k.path("keystone.db")},
+		{"-c", wal, k.data("keystone.db")},
 		{manage, "--config-file", conf, "db_sync"},
 		{
 			manage, "--config-file", conf, "bootstrap", "--bootstrap-region-id", Region,
@@ -277,15 +318,14 @@ func (k *Keystone) bootstrap(ctx context.Context) error {
 // starts it, which run takes care of.
 func (k *Keystone) command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Dir = k.opts.Dir
+	cmd.Dir = k.data()
 	cmd.Env = []string{
-		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + k.opts.Dir, "LANG=C.UTF-8",
+		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + k.data(), "LANG=C.UTF-8",
 		"OS_KEYSTONE_CONFIG_FILES=" + k.path("keystone.conf"),
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if k.uid != os.Geteuid() {
-		id := uint32(k.uid)
-		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: id, Gid: id, Groups: []uint32{}}
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(k.uid), Gid: uint32(k.gid), Groups: []uint32{}}
 	}
 	return cmd
 }

@@ -42,7 +42,7 @@ func processes(t *testing.T, s *Server) []string {
 	}
 	return slices.DeleteFunc(links, func(link string) bool {
 		dir, err := os.Readlink(link)
-		return err != nil || dir != s.opts.Dir
+		return err != nil || dir != s.data()
 	})
 }
 
@@ -95,9 +95,7 @@ func TestServer(t *testing.T) {
 	if uid := info.Sys().(*syscall.Stat_t).Uid; uid == 0 {
 		t.Error("Keystone runs as root")
 	}
-	if dir, err := os.Stat(s.opts.Dir); err != nil || dir.Mode().Perm() != 0o700 {
-		t.Errorf("others get at Keystone's keys: %v, %v", dir.Mode(), err)
-	}
+	keptFrom(t, s)
 
 	s.Stop()
 	s.Stop()
@@ -109,6 +107,19 @@ func TestServer(t *testing.T) {
 		t.Errorf("a stopped Keystone has processes %v", left)
 	}
 
+	// A Keystone that was taken over leaves links where we might write.
+	victim := filepath.Join(t.TempDir(), "victim")
+	if err := os.WriteFile(victim, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"keystone.log", "keystone.conf", "admin-password", "bootstrapped", "fernet-keys", "elsewhere"} {
+		if err := os.Symlink(victim, s.data(name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Link(victim, s.data("hard")); err != nil {
+		t.Fatal(err)
+	}
 	// The same directory again: what was is still there.
 	again, err := Prepare(t.Context(), Options{Dir: s.opts.Dir, Address: s.opts.Address})
 	if err != nil {
@@ -116,6 +127,9 @@ func TestServer(t *testing.T) {
 	}
 	if again.AdminPassword() != s.AdminPassword() {
 		t.Error("the administrator has another password")
+	}
+	if info, err := os.Stat(victim); err != nil || info.Size() > 0 || info.Sys().(*syscall.Stat_t).Uid != 0 {
+		t.Errorf("a file elsewhere was changed: %+v, %v", info, err)
 	}
 	if err := s.Start(t.Context()); err != nil {
 		t.Fatal(err)
@@ -146,6 +160,54 @@ func TestServer(t *testing.T) {
 	closed = true
 	if _, err := os.Stat(s.opts.Dir); !os.IsNotExist(err) {
 		t.Errorf("files are left: %v", err)
+	}
+}
+
+// keptFrom finds what Keystone may write outside of its data, and what others may read.
+func keptFrom(t *testing.T, s *Server) {
+	t.Helper()
+	err := filepath.WalkDir(s.opts.Dir, func(path string, entry os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := entry.Info()
+		if err != nil {
+			return err
+		}
+		if perm := info.Mode().Perm(); perm&0o007 != 0 {
+			t.Errorf("others get at %s: %s", path, perm)
+		}
+		if path == s.data() {
+			return filepath.SkipDir
+		}
+		if uid := info.Sys().(*syscall.Stat_t).Uid; uid != 0 || info.Mode().Perm()&0o020 != 0 {
+			t.Errorf("Keystone may write %s, of user %d: %s", path, uid, info.Mode())
+		}
+		if strings.HasSuffix(path, "-password") && info.Mode().Perm() != 0o600 {
+			t.Errorf("Keystone may read %s", path)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDirectoryOfAnother: where somebody else may put links, root writes nothing.
+func TestDirectoryOfAnother(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "keystone")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(dir, unprivileged, unprivileged); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Prepare(t.Context(), Options{Dir: dir})
+	if err == nil || !strings.Contains(err.Error(), "not a directory that is the caller's") {
+		t.Errorf("prepared: %v", err)
+	}
+	if made, err := os.ReadDir(dir); err != nil || len(made) > 0 {
+		t.Errorf("%v, %v, want nothing", made, err)
 	}
 }
 
