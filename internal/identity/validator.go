@@ -58,7 +58,8 @@ type Options struct {
 	Deadline time.Duration
 	// Entries is how many valid tokens are remembered, and how many refused ones: 4096.
 	Entries int
-	// Questions is how many are put to Keystone at once, 16; Waiting how many more may
+	// Questions is how many are put to Keystone at once about tokens that are remembered as
+	// valid, and how many about others: 16 of each. Waiting is how many more of each may
 	// wait for their turn, 1024.
 	Questions, Waiting int
 	// Now is the clock.
@@ -117,8 +118,16 @@ type Validator struct {
 	valid   *lru.Cache[digest, validEntry]
 	refused *lru.Cache[digest, refusedEntry]
 	flights singleflight.Group
-	// turns has a place for each question that is put, queue for those that wait too.
-	turns, queue chan struct{}
+	// Whoever likes asks about strangers; those who are known do not wait behind them.
+	known, strangers lane
+}
+
+// lane is a way to Keystone: turns has a place for each question that is put, queue for
+// those that wait too.
+type lane struct{ turns, queue chan struct{} }
+
+func newLane(opts Options) lane {
+	return lane{make(chan struct{}, opts.Questions), make(chan struct{}, opts.Questions+opts.Waiting)}
 }
 
 type validEntry struct {
@@ -149,8 +158,7 @@ func newValidator(source asker, opts Options) (*Validator, error) {
 	}
 	return &Validator{
 		opts: opts, source: source, valid: valid, refused: refused,
-		turns: make(chan struct{}, opts.Questions),
-		queue: make(chan struct{}, opts.Questions+opts.Waiting),
+		known: newLane(opts), strangers: newLane(opts),
 	}, nil
 }
 
@@ -207,17 +215,21 @@ func (e validEntry) at(now time.Time) (*Identity, error) {
 // question asks Keystone, when it is its turn, and remembers the answer. It does not
 // end with the caller who came first: others wait for the same answer.
 func (v *Validator) question(ctx context.Context, key digest, token string) (*Identity, error) {
+	lane := v.strangers
+	if v.valid.Contains(key) {
+		lane = v.known
+	}
 	select {
-	case v.queue <- struct{}{}:
-		defer func() { <-v.queue }()
+	case lane.queue <- struct{}{}:
+		defer func() { <-lane.queue }()
 	default:
 		return nil, errBusy
 	}
 	ctx, cancel := context.WithTimeout(ctx, v.opts.Deadline)
 	defer cancel()
 	select {
-	case v.turns <- struct{}{}:
-		defer func() { <-v.turns }()
+	case lane.turns <- struct{}{}:
+		defer func() { <-lane.turns }()
 	case <-ctx.Done():
 		return nil, errBusy
 	}

@@ -117,9 +117,40 @@ func TestHang(t *testing.T) {
 			t.Errorf("%d were turned away at once, want %d", n, want)
 		}
 		synctest.Wait()
-		if len(v.queue) != 0 || len(v.turns) != 0 {
-			t.Errorf("%d in the queue and %d in turn when all is over", len(v.queue), len(v.turns))
+		if lane := v.strangers; len(lane.queue) != 0 || len(lane.turns) != 0 {
+			t.Errorf("%d in the queue and %d in turn when all is over", len(lane.queue), len(lane.turns))
 		}
+	})
+}
+
+// TestFloodOfStrangers: tokens that nobody knows, as many as anybody likes to send, do
+// not keep those who are known out.
+func TestFloodOfStrangers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		source := &oracle{answer: func(ctx context.Context, token string) (*token, error) {
+			if token == "known" {
+				return tokenOf(token), nil
+			}
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}
+		v := must[*Validator](t)(newValidator(source, Options{Questions: 4, Waiting: 16}))
+		if _, err := v.Validate(t.Context(), "known"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(MaxCache) // the answer is too old to count without another
+		var wg sync.WaitGroup
+		for i := range 100 {
+			wg.Go(func() { _, _ = v.Validate(t.Context(), fmt.Sprint("stranger-", i)) })
+		}
+		synctest.Wait()
+		if _, err := v.Validate(t.Context(), "one-more"); !errors.Is(err, errBusy) {
+			t.Errorf("a stranger behind a full queue: %v", err)
+		}
+		if _, err := v.Validate(t.Context(), "known"); err != nil {
+			t.Errorf("a known token behind a full queue of strangers: %v", err)
+		}
+		wg.Wait()
 	})
 }
 
