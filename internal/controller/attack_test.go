@@ -579,7 +579,7 @@ func (a *attack) priority(t *testing.T) {
 		value int32
 		want  string
 	}{
-		"att-high": {1000, "would drive out pods of other tenants"},
+		"att-high": {1000, "priority 1000 would drive out pods of other tenants: name a PriorityClass of at most 0 (maxPodPriority of the chart h8s)"},
 		"att-low":  {-10, ""},
 	} {
 		class := &schedulingv1.PriorityClass{ObjectMeta: metav1.ObjectMeta{Name: name}, Value: tt.value}
