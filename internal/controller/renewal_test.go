@@ -201,6 +201,53 @@ func TestRenewalOfCertificate(t *testing.T) {
 	})
 }
 
+// TestFirstCertificate begins as docs/operations.md tells operators of other clusters than ours to.
+func TestFirstCertificate(t *testing.T) {
+	ctx := t.Context()
+	newUser(t, "first-ann")
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	encoded, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "first-ann"}}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr := tenancy.Renewal("first-ann", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+	csr.Name = "first-ann"
+	if err := cluster.admin.Create(ctx, csr); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), csr) })
+	csr.Status.Conditions = []certificatesv1.CertificateSigningRequestCondition{{Type: certificatesv1.CertificateApproved, Status: corev1.ConditionTrue, Reason: "Operator"}}
+	if err := cluster.admin.SubResource("approval").Update(ctx, csr); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if err := cluster.admin.Get(ctx, client.ObjectKeyFromObject(csr), csr); err != nil {
+			return err
+		}
+		if len(csr.Status.Certificate) == 0 {
+			return fmt.Errorf("the request is not signed: %+v", csr.Status)
+		}
+		return nil
+	})
+	config := rest.AnonymousClientConfig(cluster.env.Config)
+	config.CertData, config.KeyData = csr.Status.Certificate, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: encoded})
+	first, err := login.NewCertificate(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error { // the API server reads the signer's CA
+		_, err := first.Login(ctx, nil)
+		return err
+	})
+}
+
 // A User asks for more than its own renewal: the policy refuses what it can see, the
 // controller the rest, which is in the encoded request.
 func TestCertificateForgery(t *testing.T) {
