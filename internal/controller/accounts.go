@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/resourceversion"
 	"k8s.io/client-go/rest"
 	"k8s.io/utils/clock"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -146,9 +148,13 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 	claims := make([]quota.Claim, len(group))
 	for i, p := range group {
 		claims[i] = p.Claim
-		if p.tenant.Generation > tenant.Generation {
+		// Not by generation: a Tenant made anew begins with 1.
+		if order, err := resourceversion.CompareResourceVersion(p.tenant.ResourceVersion, tenant.ResourceVersion); err == nil && order > 0 {
 			tenant = p.tenant
 		}
+	}
+	if l.ledger != nil && !metav1.IsControlledBy(l.ledger, tenant) {
+		l.ledger = nil // of an earlier Tenant of that name
 	}
 	for {
 		fresh := l.ledger == nil
@@ -207,8 +213,11 @@ func (a *accounts) ledger(ctx context.Context, t *v1alpha1.Tenant) (*v1alpha1.Qu
 			return &l, nil
 		case err == nil: // of an earlier Tenant of that name, or ours is the earlier one
 			var live v1alpha1.Tenant
-			if err := a.direct.Get(ctx, client.ObjectKey{Name: t.Name}, &live); err != nil || live.UID != t.UID {
-				return nil, fmt.Errorf("the Tenant %s is not known yet, try again: %w", t.Name, err)
+			if err := a.direct.Get(ctx, client.ObjectKey{Name: t.Name}, &live); err != nil {
+				return nil, fmt.Errorf("get the Tenant %s: %w", t.Name, err)
+			}
+			if live.UID != t.UID {
+				return nil, fmt.Errorf("the Tenant %s was made anew and is not known yet: try again", t.Name)
 			}
 			if err := a.direct.Delete(ctx, &l, client.Preconditions{UID: &l.UID}); client.IgnoreNotFound(err) != nil && !apierrors.IsConflict(err) {
 				return nil, fmt.Errorf("delete the QuotaLedger of an earlier Tenant %s: %w", t.Name, err)
@@ -293,6 +302,7 @@ func (a *accounts) sweep(ctx context.Context) error {
 	if err := a.direct.List(ctx, &ledgers, &client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: "0"}}); err != nil {
 		return fmt.Errorf("list QuotaLedgers: %w", err)
 	}
+	a.forget(tenants.Items)
 	byName := map[string]*v1alpha1.QuotaLedger{}
 	for i := range ledgers.Items {
 		byName[ledgers.Items[i].Name] = &ledgers.Items[i]
@@ -327,6 +337,17 @@ func (a *accounts) sweep(ctx context.Context) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// forget drops the idle lines of tenants that do not exist.
+func (a *accounts) forget(tenants []v1alpha1.Tenant) {
+	exist := make(map[string]bool, len(tenants))
+	for i := range tenants {
+		exist[tenants[i].Name] = true
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	maps.DeleteFunc(a.lines, func(name string, l *line) bool { return !exist[name] && !l.busy })
 }
 
 // settle drops the reservations that are seen, and those that were never written, if

@@ -1,0 +1,87 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/quota"
+)
+
+const configMaps = "configmaps"
+
+// anotherAccounts are those of a controller that knows nothing of the one of TestMain.
+func anotherAccounts(t *testing.T) *accounts {
+	t.Helper()
+	a, err := newAccounts(cluster.env.Config, cluster.admin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.timeout = patience
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { _ = a.feeds.Start(ctx) })
+	t.Cleanup(func() { cancel(); running.Wait() })
+	return a
+}
+
+// configMapOf is the claim of a ConfigMap that is being created.
+func configMapOf(uid string) quota.Claim {
+	return quota.Claim{UID: types.UID(uid), Resource: configMaps, Namespace: "none", Name: uid, Usage: quota.UsageOfObject(configMaps)}
+}
+
+func getTenant(t *testing.T, name string) *v1alpha1.Tenant {
+	t.Helper()
+	var tenant v1alpha1.Tenant
+	if err := cluster.admin.Get(t.Context(), client.ObjectKey{Name: name}, &tenant); err != nil {
+		t.Fatal(err)
+	}
+	return &tenant
+}
+
+// A Tenant that is made anew has its own quota from the first claim on, though its
+// generation is no higher than that of the one whose ledger is remembered.
+func TestAccountsOfTenantMadeAnew(t *testing.T) {
+	ctx := t.Context()
+	a := anotherAccounts(t)
+	newBounded(t, "anew", hard("configmaps", "5", "pods", "5"))
+	first := getTenant(t, "anew")
+	if err := a.reserve(ctx, first, configMapOf("one")); err != nil {
+		t.Fatal(err)
+	}
+	if err := cluster.admin.Delete(ctx, first); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if err := cluster.admin.Get(ctx, client.ObjectKeyFromObject(first), &v1alpha1.Tenant{}); !apierrors.IsNotFound(err) {
+			return fmt.Errorf("the Tenant is there: %w", err)
+		}
+		return nil
+	})
+	newBounded(t, "anew", hard("services", "0", "persistentvolumeclaims", "0"))
+	service := quota.Claim{UID: "two", Resource: quota.Services, Namespace: "none", Name: "two", Usage: hard("services", "1")}
+	err := a.reserve(ctx, getTenant(t, "anew"), service)
+	if exceeded := new(quota.ExceededError); !errors.As(err, &exceeded) {
+		t.Errorf("a Service is answered %v, want a refusal", err)
+	}
+	// Who holds the earlier one still does not decide by the later one's ledger.
+	if err := a.reserve(ctx, first, configMapOf("three")); err == nil {
+		t.Error("a claim on the earlier Tenant was granted")
+	}
+}
+
+// The line of a tenant goes with it, unless somebody waits in it.
+func TestAccountsForget(t *testing.T) {
+	a := &accounts{lines: map[string]*line{"there": {}, "gone": {}, "gone-busy": {busy: true}}}
+	a.forget([]v1alpha1.Tenant{*tenantOf("there", "")})
+	if a.lines["there"] == nil || a.lines["gone-busy"] == nil || len(a.lines) != 2 {
+		t.Errorf("lines = %v", a.lines)
+	}
+}
