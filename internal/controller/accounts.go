@@ -316,7 +316,7 @@ func (a *accounts) sweep(ctx context.Context) error {
 			continue
 		case len(t.Spec.Quota.Hard) == 0:
 			if l != nil {
-				errs = append(errs, client.IgnoreNotFound(a.direct.Delete(ctx, l, client.Preconditions{UID: &l.UID})))
+				errs = append(errs, a.retire(ctx, t, l))
 			}
 			continue
 		case l == nil:
@@ -337,6 +337,20 @@ func (a *accounts) sweep(ctx context.Context) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// retire deletes the ledger of a Tenant that has no quota as far as is known. Not one
+// that shows that the Tenant has got a quota since, or another is in its place, and
+// not one that somebody has written since: what it reserves would be lost.
+func (a *accounts) retire(ctx context.Context, t *v1alpha1.Tenant, l *v1alpha1.QuotaLedger) error {
+	if !metav1.IsControlledBy(l, t) || l.Spec.TenantGeneration > t.Generation {
+		return nil
+	}
+	err := a.direct.Delete(ctx, l, client.Preconditions{UID: &l.UID, ResourceVersion: &l.ResourceVersion})
+	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("delete the QuotaLedger %s: %w", l.Name, err)
+	}
+	return nil
 }
 
 // forget drops the idle lines of tenants that do not exist.

@@ -85,3 +85,49 @@ func TestAccountsForget(t *testing.T) {
 		t.Errorf("lines = %v", a.lines)
 	}
 }
+
+// A ledger goes with the quota, and never while it may be in use: the sweep's Tenants
+// and ledgers are from caches.
+func TestAccountsRetire(t *testing.T) {
+	ctx := t.Context()
+	a := anotherAccounts(t)
+	newBounded(t, "retire", hard("pods", "5"))
+	key := client.ObjectKey{Name: "retire"}
+	var live v1alpha1.QuotaLedger
+	if err := cluster.admin.Get(ctx, key, &live); err != nil {
+		t.Fatal(err)
+	}
+	stale := live.DeepCopy()
+	live.Labels = map[string]string{"test": "written"}
+	if err := cluster.admin.Update(ctx, &live); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name   string
+		tenant func(*v1alpha1.Tenant)
+		ledger *v1alpha1.QuotaLedger
+		stays  bool
+	}{
+		{"of an older generation", func(t *v1alpha1.Tenant) { t.Generation-- }, &live, true},
+		{"of another Tenant of that name", func(t *v1alpha1.Tenant) { t.UID, t.Generation = "another", 9 }, &live, true},
+		{"written since", func(*v1alpha1.Tenant) {}, stale, true},
+		{"of no use", func(*v1alpha1.Tenant) {}, &live, false}, // the last one: it is gone then
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			tenant := getTenant(t, "retire")
+			tenant.Spec.Quota.Hard = nil
+			tt.tenant(tenant)
+			if err := a.retire(ctx, tenant, tt.ledger.DeepCopy()); err != nil {
+				t.Fatal(err)
+			}
+			var now v1alpha1.QuotaLedger
+			err := cluster.admin.Get(ctx, key, &now)
+			if client.IgnoreNotFound(err) != nil {
+				t.Fatal(err)
+			}
+			if stays := now.UID == live.UID; stays != tt.stays {
+				t.Errorf("the ledger stays: %v, want %v", stays, tt.stays)
+			}
+		})
+	}
+}
