@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -65,9 +66,13 @@ type line struct {
 
 type pending struct {
 	quota.Claim
+	// ctx is the client's: once it is over, nobody creates the object.
+	ctx    context.Context
 	tenant *v1alpha1.Tenant
 	answer chan error
 }
+
+func (p *pending) abandoned() bool { return p.ctx.Err() != nil }
 
 func newAccounts(config *rest.Config, cached client.Client) (*accounts, error) {
 	config = rest.CopyConfig(config)
@@ -93,7 +98,7 @@ func (a *accounts) reserve(ctx context.Context, t *v1alpha1.Tenant, claim quota.
 	if err := a.feeds.sync(ctx, quota.Namespaces, claim.Resource); err != nil {
 		return err
 	}
-	p := &pending{Claim: claim, tenant: t, answer: make(chan error, 1)}
+	p := &pending{Claim: claim, ctx: ctx, tenant: t, answer: make(chan error, 1)}
 	a.mu.Lock()
 	l := a.lines[t.Name]
 	if l == nil {
@@ -110,17 +115,19 @@ func (a *accounts) reserve(ctx context.Context, t *v1alpha1.Tenant, claim quota.
 	}
 	select {
 	case err := <-p.answer:
-		return err
+		if ctx.Err() == nil { // or it was decided about as abandoned
+			return err
+		}
 	case <-ctx.Done():
-		return fmt.Errorf("wait for the quota of the Tenant %s, try again: %w", t.Name, ctx.Err())
 	}
+	return fmt.Errorf("wait for the quota of the Tenant %s, try again: %w", t.Name, ctx.Err())
 }
 
 // serve answers groups of claims until none is left.
 func (a *accounts) serve(ctx context.Context, l *line) {
 	for {
 		a.mu.Lock()
-		group := l.waiting
+		group := slices.DeleteFunc(l.waiting, (*pending).abandoned)
 		l.waiting = nil
 		if len(group) == 0 {
 			l.busy = false
@@ -146,8 +153,7 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 	defer cancel()
 	tenant := group[0].tenant
 	claims := make([]quota.Claim, len(group))
-	for i, p := range group {
-		claims[i] = p.Claim
+	for _, p := range group {
 		// Not by generation: a Tenant made anew begins with 1.
 		if order, err := resourceversion.CompareResourceVersion(p.tenant.ResourceVersion, tenant.ResourceVersion); err == nil && order > 0 {
 			tenant = p.tenant
@@ -163,6 +169,10 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 			if l.ledger, err = a.ledger(ctx, tenant); err != nil {
 				return nil, err
 			}
+		}
+		for i, p := range group {
+			claims[i] = p.Claim
+			claims[i].DryRun = p.DryRun || p.abandoned()
 		}
 		next := l.ledger.DeepCopy()
 		adopt(next, tenant)

@@ -131,3 +131,35 @@ func TestAccountsRetire(t *testing.T) {
 		})
 	}
 }
+
+// A claim whose client has gone takes nothing, whether it waits in the line or is being
+// decided about.
+func TestAccountsAbandoned(t *testing.T) {
+	a := anotherAccounts(t)
+	newBounded(t, "abandon", hard("configmaps", "1"))
+	tenant := getTenant(t, "abandon")
+	if err := a.feeds.sync(t.Context(), quota.Namespaces, configMaps); err != nil {
+		t.Fatal(err)
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	dead := &pending{Claim: configMapOf("dead"), ctx: gone, tenant: tenant, answer: make(chan error, 2)}
+	for name, decide := range map[string]func(l *line){
+		"waiting":       func(l *line) { l.waiting = []*pending{dead}; l.busy = true; a.serve(t.Context(), l) },
+		"decided about": func(l *line) { _, _ = a.commit(t.Context(), l, []*pending{dead}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			decide(&line{})
+			var l v1alpha1.QuotaLedger
+			if err := cluster.admin.Get(t.Context(), client.ObjectKey{Name: "abandon"}, &l); err != nil {
+				t.Fatal(err)
+			}
+			if len(l.Spec.Reservations) > 0 {
+				t.Errorf("reserved: %+v", l.Spec.Reservations)
+			}
+		})
+	}
+	if err := a.reserve(t.Context(), tenant, configMapOf("alive")); err != nil {
+		t.Errorf("the place that nobody has: %v", err)
+	}
+}
