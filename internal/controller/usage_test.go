@@ -440,6 +440,47 @@ func callQuotaAt(t *testing.T, address string) {
 	})
 }
 
+// While no controller answers, nothing grows; but what is deleted can go, finalizers and all.
+func TestUsageWithoutController(t *testing.T) {
+	ctx := t.Context()
+	newBounded(t, "headless", nil, "headless-a")
+	key := metav1.ObjectMeta{Namespace: "headless-a", Name: "data"}
+	claim := &corev1.PersistentVolumeClaim{ObjectMeta: key, Spec: corev1.PersistentVolumeClaimSpec{
+		StorageClassName: ptr.To(""), AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce}, Resources: corev1.VolumeResourceRequirements{Requests: hard("storage", "1Gi")},
+	}}
+	service := &corev1.Service{ObjectMeta: key, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 80}}}}
+	for _, obj := range []client.Object{claim, service} {
+		obj.SetFinalizers([]string{"example.com/test"})
+		if err := cluster.admin.Create(ctx, obj); err != nil {
+			t.Fatal(err)
+		}
+	}
+	callQuotaAt(t, "127.0.0.1:1")
+	wantFailure := func(err error) error {
+		if err == nil || !strings.Contains(err.Error(), "failed calling webhook") {
+			return fmt.Errorf("answer %w, want the failure of the webhook", err)
+		}
+		return nil
+	}
+	eventually(t, func() error {
+		return wantFailure(cluster.admin.Create(ctx, &corev1.ConfigMap{ObjectMeta: key}, client.DryRunAll))
+	})
+	patch := func(obj client.Object, change string) error {
+		return cluster.admin.Patch(ctx, obj, client.RawPatch(types.MergePatchType, []byte(change)))
+	}
+	if err := wantFailure(patch(service, `{"spec":{"type":"NodePort"}}`)); err != nil {
+		t.Error(err)
+	}
+	for _, obj := range []client.Object{claim, service} {
+		if err := cluster.admin.Delete(ctx, obj); err != nil {
+			t.Error(err)
+		}
+		if err := patch(obj, `{"metadata":{"finalizers":null}}`); err != nil {
+			t.Errorf("take the finalizers off: %v", err)
+		}
+	}
+}
+
 // However many create at once, of whichever API server they ask it, whichever
 // webhook server that asks, and whoever dies: never more than the quota, and in the
 // end all of it.

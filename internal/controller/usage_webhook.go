@@ -71,6 +71,9 @@ func (w *usageWebhook) judge(ctx context.Context, req admission.Request) (refusa
 			return nil, err
 		}
 		claim.After, claim.Before = old.Revision, old.Usage
+		if !claim.Grows() { // nor does it wait for the ledger
+			return nil, nil
+		}
 	} else if w.view.Has(kind, req.Namespace, claim.Name) {
 		// This creation would fail later, and keep its place for a while.
 		gvr := schema.GroupVersionResource(req.Resource)

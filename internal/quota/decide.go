@@ -8,6 +8,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -40,6 +41,22 @@ type Claim struct {
 	Before, Usage corev1.ResourceList
 	// DryRun claims are judged and take nothing.
 	DryRun bool
+}
+
+// Grows says whether the claim takes more of anything. One that does not is never refused.
+func (c Claim) Grows() bool {
+	for name := range c.Usage {
+		if q := c.more(name); q.Sign() > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+func (c Claim) more(name corev1.ResourceName) resource.Quantity {
+	q := c.Usage[name].DeepCopy()
+	q.Sub(c.Before[name])
+	return q
 }
 
 // ExceededError says in ResourceQuota's words what a claim takes too much of.
@@ -170,8 +187,7 @@ func (b *book) check(tenant string, hard corev1.ResourceList, c Claim, have, wit
 	e := &ExceededError{Tenant: tenant, Requested: corev1.ResourceList{}, Used: corev1.ResourceList{}, Limit: corev1.ResourceList{}}
 	for limitName, limit := range hard {
 		name := canonical(limitName)
-		requested := c.Usage[name].DeepCopy()
-		requested.Sub(c.Before[name])
+		requested := c.more(name)
 		if requested.Sign() <= 0 {
 			continue // what does not grow is not asked about, even over quota
 		}

@@ -167,6 +167,27 @@ func TestDecide(t *testing.T) {
 	}
 }
 
+func TestGrows(t *testing.T) {
+	both := corev1.ResourceList{corev1.ResourceServicesNodePorts: quantity(2), corev1.ResourceServicesLoadBalancers: quantity(1)}
+	for name, tt := range map[string]struct {
+		before, usage corev1.ResourceList
+		want          bool
+	}{
+		"created":               {nil, storage(1), true},
+		"the same":              {both, both, false},
+		"less":                  {storage(2), storage(1), false},
+		"nothing any more":      {storage(2), nil, false},
+		"more":                  {storage(1), storage(2), true},
+		"less of one, and more": {corev1.ResourceList{corev1.ResourceServicesNodePorts: quantity(3)}, both, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := (Claim{Before: tt.before, Usage: tt.usage}).Grows(); got != tt.want {
+				t.Errorf("grows: %v, want %v", got, tt.want)
+			}
+		})
+	}
+}
+
 // What a reservation becomes of which nothing was seen in time.
 func TestLapse(t *testing.T) {
 	for name, tt := range map[string]struct {
