@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -259,13 +260,11 @@ func adopt(l *v1alpha1.QuotaLedger, t *v1alpha1.Tenant) bool {
 	return true
 }
 
-// enforce puts the Tenant's quota into force and returns what is used of it.
+// enforce puts the Tenant's quota into force and returns what is used of it. If that
+// is not known yet it fails with errCounting, and does not wait: the sweep asks again.
 func (a *accounts) enforce(ctx context.Context, t *v1alpha1.Tenant) (*v1alpha1.TenantQuotaStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.timeout)
 	defer cancel()
-	if err := a.feeds.sync(ctx, append(quota.Bounds(t.Spec.Quota.Hard), quota.Namespaces)...); err != nil {
-		return nil, err
-	}
 	// Once it is in force, only a change of the Tenant can change that.
 	if in := t.Status.Quota; in == nil || t.Status.ObservedGeneration != t.Generation {
 		l, err := a.ledger(ctx, t)
@@ -278,7 +277,19 @@ func (a *accounts) enforce(ctx context.Context, t *v1alpha1.Tenant) (*v1alpha1.T
 			}
 		}
 	}
-	return &v1alpha1.TenantQuotaStatus{Hard: t.Spec.Quota.Hard, Used: a.view.Used(t.Name, t.Spec.Quota.Hard)}, nil
+	used, err := a.used(ctx, t)
+	if err != nil {
+		return nil, err
+	}
+	return &v1alpha1.TenantQuotaStatus{Hard: t.Spec.Quota.Hard, Used: used}, nil
+}
+
+// used is what the Tenant uses of its quota. It fails with errCounting if that is not known yet.
+func (a *accounts) used(ctx context.Context, t *v1alpha1.Tenant) (corev1.ResourceList, error) {
+	if err := a.feeds.ready(ctx, append(quota.Bounds(t.Spec.Quota.Hard), quota.Namespaces)...); err != nil {
+		return nil, err
+	}
+	return a.view.Used(t.Name, t.Spec.Quota.Hard), nil
 }
 
 // NeedLeaderElection implements manager.LeaderElectionRunnable: one who settles is enough.
@@ -320,33 +331,42 @@ func (a *accounts) sweep(ctx context.Context) error {
 	var errs []error
 	for i := range tenants.Items {
 		t := &tenants.Items[i]
-		l := byName[t.Name]
-		switch {
-		case t.DeletionTimestamp != nil:
-			continue
-		case len(t.Spec.Quota.Hard) == 0:
-			if l != nil {
-				errs = append(errs, a.retire(ctx, t, l))
-			}
-			continue
-		case l == nil:
-			_, err := a.ledger(ctx, t)
-			errs = append(errs, err)
-		default:
-			errs = append(errs, a.settle(ctx, t.Name, l))
-		}
-		if err := a.feeds.sync(ctx, append(quota.Bounds(t.Spec.Quota.Hard), quota.Namespaces)...); err != nil {
-			return err
-		}
-		if have := t.Status.Quota; have == nil || !equality.Semantic.DeepEqual(have.Used, a.view.Used(t.Name, t.Spec.Quota.Hard)) {
-			select {
-			case a.changed <- event.GenericEvent{Object: t}:
-			case <-ctx.Done():
-				return nil
-			}
+		if err := a.sweepOne(ctx, t, byName[t.Name]); err != nil {
+			errs = append(errs, fmt.Errorf("the Tenant %s: %w", t.Name, err))
 		}
 	}
-	return errors.Join(errs...)
+	if len(errs) > 0 { // of many it is mostly the same
+		return fmt.Errorf("%d of %d Tenants; the first: %w", len(errs), len(tenants.Items), errs[0])
+	}
+	return nil
+}
+
+// sweepOne sweeps one Tenant and its ledger, nil if it has none. It takes a limited
+// time, and waits for no other tenant's resources.
+func (a *accounts) sweepOne(ctx context.Context, t *v1alpha1.Tenant, l *v1alpha1.QuotaLedger) error {
+	ctx, cancel := context.WithTimeout(ctx, a.timeout)
+	defer cancel()
+	var err error
+	switch {
+	case t.DeletionTimestamp != nil:
+		return nil
+	case len(t.Spec.Quota.Hard) == 0 && l == nil:
+		return nil
+	case len(t.Spec.Quota.Hard) == 0:
+		return a.retire(ctx, t, l)
+	case l == nil:
+		_, err = a.ledger(ctx, t)
+	default:
+		err = a.settle(ctx, t.Name, l)
+	}
+	used, unknown := a.used(ctx, t)
+	if have := t.Status.Quota; unknown == nil && (have == nil || !equality.Semantic.DeepEqual(have.Used, used)) {
+		select {
+		case a.changed <- event.GenericEvent{Object: t}:
+		case <-ctx.Done():
+		}
+	}
+	return errors.Join(err, unknown)
 }
 
 // retire deletes the ledger of a Tenant that has no quota as far as is known. Not one

@@ -4,12 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 
+	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 
 	"h8s.io/hypernetes/api/v1alpha1"
 	"h8s.io/hypernetes/internal/quota"
@@ -20,7 +26,12 @@ const configMaps = "configmaps"
 // anotherAccounts are those of a controller that knows nothing of the one of TestMain.
 func anotherAccounts(t *testing.T) *accounts {
 	t.Helper()
-	a, err := newAccounts(cluster.env.Config, cluster.admin)
+	return accountsWith(t, cluster.env.Config)
+}
+
+func accountsWith(t *testing.T, config *rest.Config) *accounts {
+	t.Helper()
+	a, err := newAccounts(config, cluster.admin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,5 +172,73 @@ func TestAccountsAbandoned(t *testing.T) {
 	}
 	if err := a.reserve(t.Context(), tenant, configMapOf("alive")); err != nil {
 		t.Errorf("the place that nobody has: %v", err)
+	}
+}
+
+// seen is a cache of Tenants that is behind.
+type seen struct {
+	client.Reader
+	tenants []v1alpha1.Tenant
+}
+
+func (s seen) List(_ context.Context, list client.ObjectList, _ ...client.ListOption) error {
+	list.(*v1alpha1.TenantList).Items = s.tenants
+	return nil
+}
+
+// A resource that cannot be listed delays nobody but the tenants whose quotas name it,
+// and of these only what depends on it.
+func TestAccountsUnlistable(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: "unlistable"}, Rules: []rbacv1.PolicyRule{
+		{APIGroups: []string{"h8s.io"}, Resources: []string{"*"}, Verbs: []string{"*"}},
+		{APIGroups: []string{""}, Resources: []string{"namespaces", "pods"}, Verbs: []string{"*"}},
+	}}
+	binding := &rbacv1.ClusterRoleBinding{
+		ObjectMeta: role.ObjectMeta, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: role.Name},
+		Subjects: []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.UserKind, Name: "unlistable"}},
+	}
+	for _, obj := range []client.Object{role, binding} {
+		if err := cluster.admin.Create(ctx, obj); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), obj) })
+	}
+	config := rest.CopyConfig(cluster.env.Config)
+	config.Impersonate.UserName = "unlistable"
+	a := accountsWith(t, config)
+	a.timeout = time.Hour
+	a.changed = make(chan event.GenericEvent, 2)
+	newBounded(t, "unlist-a", hard("configmaps", "1"))
+	newBounded(t, "unlist-b", hard("pods", "1"))
+	blocked, free := getTenant(t, "unlist-a"), getTenant(t, "unlist-b")
+	known := blocked.DeepCopy()
+	blocked.Status.Quota, free.Status.Quota = nil, nil
+	a.cached = seen{tenants: []v1alpha1.Tenant{*blocked, *free}}
+
+	eventually(t, func() error {
+		if err := a.sweep(ctx); !errors.Is(err, errCounting) {
+			return fmt.Errorf("sweep: %w", err)
+		}
+		select {
+		case e := <-a.changed:
+			if e.Object.GetName() != free.Name {
+				t.Errorf("%s is to be reconciled", e.Object.GetName())
+			}
+			return nil
+		default:
+			return fmt.Errorf("%s was not swept", free.Name)
+		}
+	})
+	r := &tenantReconciler{objects{cluster.admin, cluster.admin}, a}
+	if c, err := r.quotaReady(ctx, blocked, nil); !errors.Is(err, errCounting) || c.ok || c.reason != "Counting" || !strings.Contains(c.message, configMaps) {
+		t.Errorf("a new Tenant: %+v, %v", c, err)
+	}
+	if c, err := r.quotaReady(ctx, known, nil); err != nil || !c.ok || known.Status.Quota == nil {
+		t.Errorf("a Tenant that was counted before: %+v, %v", c, err)
+	}
+	if ctx.Err() != nil {
+		t.Error("it has waited")
 	}
 }

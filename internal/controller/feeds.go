@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -24,6 +25,9 @@ import (
 
 // tickInterval is how often time alone is looked at: pods that should have ended.
 const tickInterval = 30 * time.Second
+
+// errCounting means that the first list of a resource has not come yet, or cannot be had.
+var errCounting = errors.New("what exists in the cluster is still being counted, try again")
 
 // feeds tells the View what exists, of the resources that some quota bounds. It
 // drives Reflectors without the informers around them: the View gets a list whole
@@ -79,25 +83,37 @@ func (f *feeds) Start(ctx context.Context) error {
 
 // sync returns when the View knows the resources as they were at some time.
 func (f *feeds) sync(ctx context.Context, kinds ...string) error {
+	for {
+		moved := f.view.Moved()
+		err := f.ready(ctx, kinds...)
+		if !errors.Is(err, errCounting) {
+			return err
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// ready fails with errCounting if the View does not know the resources yet, and
+// has them listed.
+func (f *feeds) ready(ctx context.Context, kinds ...string) error {
+	var missing []string
 	for _, kind := range kinds {
 		if f.view.Synced(kind) {
 			continue
 		}
 		select {
 		case f.wanted <- kind:
+			missing = append(missing, kind)
 		case <-ctx.Done():
+			return fmt.Errorf("have the %s of the cluster counted, try again: %w", kind, ctx.Err())
 		}
-		for {
-			moved := f.view.Moved()
-			if f.view.Synced(kind) {
-				break
-			}
-			select {
-			case <-moved:
-			case <-ctx.Done():
-				return fmt.Errorf("the %s of the cluster are still being counted, try again: %w", kind, ctx.Err())
-			}
-		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("%w: %s", errCounting, strings.Join(missing, ", "))
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"reflect"
@@ -97,9 +98,9 @@ func (r *tenantReconciler) ensure(ctx context.Context, t *v1alpha1.Tenant) error
 	if err != nil {
 		return err
 	}
-	quotaReady, err := r.quotaReady(ctx, t, namespaces.Items)
-	if err != nil {
-		return err
+	quotaReady, counting := r.quotaReady(ctx, t, namespaces.Items)
+	if counting != nil && !errors.Is(counting, errCounting) {
+		return counting
 	}
 
 	if len(t.Status.Reservations) > 0 {
@@ -124,7 +125,7 @@ func (r *tenantReconciler) ensure(ctx context.Context, t *v1alpha1.Tenant) error
 	if err := r.patchStatus(ctx, t, before); err != nil {
 		return fmt.Errorf("write the status: %w", err)
 	}
-	return nil
+	return counting // tried again, but the rest does not wait for it
 }
 
 // ensureNetwork makes the default Network and says how it is.
@@ -240,7 +241,8 @@ func (r *tenantReconciler) membersReady(ctx context.Context, t *v1alpha1.Tenant,
 	return condition{v1alpha1.ConditionMembersReady, true, "MembersBound", fmt.Sprintf("%d members are bound in %d namespaces", len(t.Spec.Members), len(namespaces))}, nil
 }
 
-// quotaReady puts the quota into force and says whether the tenant keeps within it.
+// quotaReady puts the quota into force and says whether the tenant keeps within it. If
+// that is not known yet it says so, and fails with errCounting as well.
 func (r *tenantReconciler) quotaReady(ctx context.Context, t *v1alpha1.Tenant, namespaces []corev1.Namespace) (condition, error) {
 	no := func(reason, format string, args ...any) (condition, error) {
 		return condition{v1alpha1.ConditionQuotaReady, false, reason, fmt.Sprintf(format, args...)}, nil
@@ -250,7 +252,14 @@ func (r *tenantReconciler) quotaReady(ctx context.Context, t *v1alpha1.Tenant, n
 		t.Status.Quota = nil
 	} else {
 		status, err := r.accounts.enforce(ctx, t)
-		if err != nil {
+		switch {
+		case errors.Is(err, errCounting) && t.Status.Quota != nil && t.Status.ObservedGeneration == t.Generation:
+			status = t.Status.Quota // as it was when this controller started
+		case errors.Is(err, errCounting):
+			t.Status.Quota = nil
+			counting, _ := no("Counting", "the quota is in force; %v", err)
+			return counting, err
+		case err != nil:
 			return condition{}, err
 		}
 		t.Status.Quota = status
