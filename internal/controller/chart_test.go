@@ -7,9 +7,16 @@ import (
 	"path/filepath"
 	"testing"
 
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	authorizationv1 "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
 	schedulingv1 "k8s.io/api/scheduling/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
+
+	"h8s.io/hypernetes/api/v1alpha1"
 )
 
 // TestDefaultPriorityAboveTenants: the chart is not installed where tenants' pods that
@@ -50,4 +57,50 @@ func TestDefaultPriorityAboveTenants(t *testing.T) {
 	}()
 	render("-1", "maxPodPriority is -1, but pods that name no PriorityClass have the cluster's default, chart-default, with 0: set maxPodPriority to 0 or more")
 	render("0", "")
+}
+
+// Where the API server has the admission plugin OwnerReferencesPermissionEnforcement,
+// only who may update an owner's finalizers may make objects that it owns.
+func TestChartOwners(t *testing.T) {
+	for _, owner := range []string{"users", "tenants"} {
+		t.Run(owner, func(t *testing.T) {
+			review := &authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
+				User:               controllerUser,
+				ResourceAttributes: &authorizationv1.ResourceAttributes{Group: v1alpha1.GroupVersion.Group, Resource: owner, Subresource: "finalizers", Verb: "update"},
+			}}
+			if err := cluster.admin.Create(t.Context(), review); err != nil {
+				t.Fatal(err)
+			}
+			if !review.Status.Allowed {
+				t.Error("the controller may not")
+			}
+		})
+	}
+}
+
+// An operator who labels the namespaces that everything else depends on does not lock the cluster.
+func TestChartQuotaOfSystem(t *testing.T) {
+	var config admissionregistrationv1.ValidatingWebhookConfiguration
+	if err := cluster.admin.Get(t.Context(), client.ObjectKey{Name: "h8s"}, &config); err != nil {
+		t.Fatal(err)
+	}
+	var selector labels.Selector
+	for _, w := range config.Webhooks {
+		if w.Name == "quota.h8s.io" {
+			var err error
+			if selector, err = metav1.LabelSelectorAsSelector(w.NamespaceSelector); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if selector == nil {
+		t.Fatal("there is no webhook of quotas")
+	}
+	for namespace, asked := range map[string]bool{"shop": true, release: false, metav1.NamespaceSystem: false} {
+		t.Run(namespace, func(t *testing.T) {
+			if got := selector.Matches(labels.Set{corev1.LabelMetadataName: namespace, v1alpha1.LabelTenant: "acme"}); got != asked {
+				t.Errorf("the webhook is asked: %v, want %v", got, asked)
+			}
+		})
+	}
 }
