@@ -67,6 +67,7 @@ type Member struct {
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=253
 	// +kubebuilder:validation:XValidation:rule="!self.startsWith('system:')",message="names that start with 'system:' belong to Kubernetes and cannot be members of a Tenant"
+	// +kubebuilder:validation:XValidation:rule="self != '*'",message="'*' stands for everybody in Kubernetes' flow control and cannot be a member of a Tenant: list a group"
 	Name string `json:"name"`
 	// Role of the member in every namespace of the tenant. An owner or admin
 	// may also create and delete namespaces.

@@ -44,6 +44,12 @@ func TestValidation(t *testing.T) {
 		"system member": {tenant(func(t *v1alpha1.Tenant) {
 			t.Spec.Members = []v1alpha1.Member{member("Group", "system:masters", "owner")}
 		}), "cannot be members of a Tenant"},
+		"member of everybody's name": {tenant(func(t *v1alpha1.Tenant) {
+			t.Spec.Members = []v1alpha1.Member{member("User", "*", "view")}
+		}), "'*' stands for everybody"},
+		"group of everybody's name": {tenant(func(t *v1alpha1.Tenant) {
+			t.Spec.Members = []v1alpha1.Member{member("Group", "*", "view")}
+		}), "'*' stands for everybody"},
 		"unknown role": {tenant(func(t *v1alpha1.Tenant) { t.Spec.Members = []v1alpha1.Member{member("User", "a", "root")} }), "Unsupported value"},
 		"unknown kind": {tenant(func(t *v1alpha1.Tenant) { t.Spec.Members = []v1alpha1.Member{member("Robot", "a", "view")} }), "Unsupported value"},
 		"ServiceAccount": {tenant(func(t *v1alpha1.Tenant) {

@@ -43,6 +43,9 @@ func FlowSchemaNames(tenant string) []string {
 func FlowSchemas(t *v1alpha1.Tenant, namespaces []string, disabled Disabled) []flowcontrolv1.FlowSchema {
 	var who []flowcontrolv1.Subject
 	for _, s := range subjects(t, disabled, v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit, v1alpha1.RoleView) {
+		if s.Name == flowcontrolv1.NameAll {
+			continue // a wildcard here, a mere name for RBAC; earlier versions took such members
+		}
 		switch s.Kind {
 		case rbacv1.UserKind:
 			who = append(who, flowcontrolv1.Subject{Kind: flowcontrolv1.SubjectKindUser, User: &flowcontrolv1.UserSubject{Name: s.Name}})
