@@ -153,7 +153,17 @@ func UsageOfPod(pod *corev1.Pod, now time.Time) (usage corev1.ResourceList, ends
 		}
 	}
 	usage[corev1.ResourcePods] = one()
-	options := resourcehelper.PodResourcesOptions{UseStatusResources: true}
+	// A pod whose resize the node has found infeasible needs, by its status, no more than
+	// before, whatever its spec asks for next: so its spec counts as well.
+	usage = largest(usage, computing(pod, resourcehelper.PodResourcesOptions{UseStatusResources: true}))
+	if resourcehelper.IsPodResizeInfeasible(pod) {
+		usage = largest(usage, computing(pod, resourcehelper.PodResourcesOptions{}))
+	}
+	return usage, ends
+}
+
+func computing(pod *corev1.Pod, options resourcehelper.PodResourcesOptions) corev1.ResourceList {
+	usage := corev1.ResourceList{}
 	for name, q := range resourcehelper.PodRequests(pod, options) {
 		if computed(name) || strings.HasPrefix(string(name), corev1.ResourceHugePagesPrefix) || extended(name) {
 			usage[corev1.DefaultResourceRequestsPrefix+name] = q
@@ -164,7 +174,7 @@ func UsageOfPod(pod *corev1.Pod, now time.Time) (usage corev1.ResourceList, ends
 			usage[limitsPrefix+name] = q
 		}
 	}
-	return usage, ends
+	return usage
 }
 
 func computed(name corev1.ResourceName) bool {

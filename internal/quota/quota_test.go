@@ -81,6 +81,42 @@ func TestCheckPod(t *testing.T) {
 	}
 }
 
+// A pod that is being resized uses the larger of what it has and what it asks for, also
+// if its node has refused an earlier resize.
+func TestUsageOfPodResized(t *testing.T) {
+	cpu := func(n int64) corev1.ResourceList { return corev1.ResourceList{corev1.ResourceCPU: quantity(n)} }
+	pod := func(wanted, has int64, reason string) *corev1.Pod {
+		resources := corev1.ResourceRequirements{Requests: cpu(wanted), Limits: cpu(wanted)}
+		had := corev1.ResourceRequirements{Requests: cpu(has), Limits: cpu(has)}
+		p := &corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "a", Resources: resources}}}}
+		if reason != "" {
+			p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodResizePending, Status: corev1.ConditionTrue, Reason: reason}}
+		}
+		p.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "a", AllocatedResources: had.Requests, Resources: &had}}
+		return p
+	}
+	for name, tt := range map[string]struct {
+		pod  *corev1.Pod
+		want int64
+	}{
+		"as it was":                     {pod(1, 1, ""), 1},
+		"grows":                         {pod(3, 1, ""), 3},
+		"shrinks":                       {pod(1, 3, ""), 3},
+		"deferred":                      {pod(3, 1, corev1.PodReasonDeferred), 3},
+		"infeasible":                    {pod(3, 1, corev1.PodReasonInfeasible), 3},
+		"infeasible, and asks for less": {pod(1, 3, corev1.PodReasonInfeasible), 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			usage, _ := UsageOfPod(tt.pod, time.Now())
+			for _, name := range []corev1.ResourceName{corev1.ResourceRequestsCPU, corev1.ResourceLimitsCPU} {
+				if q := usage[name]; q.Value() != tt.want {
+					t.Errorf("%s = %s, want %d", name, q.String(), tt.want)
+				}
+			}
+		})
+	}
+}
+
 // A pod that is stuck after its grace period stops counting without any event.
 func TestTick(t *testing.T) {
 	start := time.Unix(1000, 0)
