@@ -29,9 +29,9 @@ const (
 	// The API server gives up on a request after 34 seconds; the rest is for
 	// clocks that differ.
 	claimTTL = time.Minute
-	// commitTimeout bounds one group of claims, a little under the webhook's own
-	// timeout of ten seconds (deploy/h8s/templates/webhooks.yaml).
-	commitTimeout = 8 * time.Second
+	// commitTimeout bounds one group of claims, under the webhook's own timeout of
+	// five seconds (deploy/h8s/templates/webhooks.yaml): clients read why.
+	commitTimeout = 4 * time.Second
 	// sweepInterval is how often Tenants' status.quota is brought up to date, and
 	// ledgers are looked through for reservations whose time is over.
 	sweepInterval = 5 * time.Second

@@ -5,7 +5,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
+	"time"
 
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	authorizationv1 "k8s.io/api/authorization/v1"
@@ -78,23 +80,24 @@ func TestChartOwners(t *testing.T) {
 	}
 }
 
-// An operator who labels the namespaces that everything else depends on does not lock the cluster.
-func TestChartQuotaOfSystem(t *testing.T) {
+func quotaWebhookOfChart(t *testing.T) admissionregistrationv1.ValidatingWebhook {
+	t.Helper()
 	var config admissionregistrationv1.ValidatingWebhookConfiguration
 	if err := cluster.admin.Get(t.Context(), client.ObjectKey{Name: "h8s"}, &config); err != nil {
 		t.Fatal(err)
 	}
-	var selector labels.Selector
-	for _, w := range config.Webhooks {
-		if w.Name == "quota.h8s.io" {
-			var err error
-			if selector, err = metav1.LabelSelectorAsSelector(w.NamespaceSelector); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	if selector == nil {
+	i := slices.IndexFunc(config.Webhooks, func(w admissionregistrationv1.ValidatingWebhook) bool { return w.Name == "quota.h8s.io" })
+	if i < 0 {
 		t.Fatal("there is no webhook of quotas")
+	}
+	return config.Webhooks[i]
+}
+
+// An operator who labels the namespaces that everything else depends on does not lock the cluster.
+func TestChartQuotaOfSystem(t *testing.T) {
+	selector, err := metav1.LabelSelectorAsSelector(quotaWebhookOfChart(t).NamespaceSelector)
+	if err != nil {
+		t.Fatal(err)
 	}
 	for namespace, asked := range map[string]bool{"shop": true, release: false, metav1.NamespaceSystem: false} {
 		t.Run(namespace, func(t *testing.T) {
@@ -102,5 +105,14 @@ func TestChartQuotaOfSystem(t *testing.T) {
 				t.Errorf("the webhook is asked: %v, want %v", got, asked)
 			}
 		})
+	}
+}
+
+// A request that waits for its quota holds a seat of all tenants: not for long, and
+// whoever waits in vain gets our answer, not that of a timeout.
+func TestChartQuotaTimeout(t *testing.T) {
+	timeout := time.Duration(*quotaWebhookOfChart(t).TimeoutSeconds) * time.Second
+	if timeout > 5*time.Second || timeout <= commitTimeout {
+		t.Errorf("the API server waits for %s, and a commit takes up to %s", timeout, commitTimeout)
 	}
 }
