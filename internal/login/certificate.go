@@ -10,6 +10,8 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/url"
 	"time"
 
 	certificatesv1 "k8s.io/api/certificates/v1"
@@ -31,6 +33,8 @@ type Certificate struct {
 	Server     string `json:"server"`
 	CA         string `json:"ca,omitempty"`
 	ServerName string `json:"serverName,omitempty"`
+	// ProxyURL is the way to the server; empty for what the environment says.
+	ProxyURL string `json:"proxyURL,omitempty"`
 
 	// first is the certificate that somebody was given.
 	first *Credential
@@ -50,7 +54,22 @@ func NewCertificate(config *rest.Config) (*Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Certificate{Server: config.Host, CA: string(config.CAData), ServerName: config.ServerName, first: first}, nil
+	c := &Certificate{Server: config.Host, CA: string(config.CAData), ServerName: config.ServerName, first: first}
+	if config.Proxy == nil {
+		return c, nil
+	}
+	server, _, err := rest.DefaultServerUrlFor(config)
+	if err != nil {
+		return nil, fmt.Errorf("address of the cluster: %w", err)
+	}
+	proxy, err := config.Proxy(&http.Request{URL: server})
+	if err != nil {
+		return nil, fmt.Errorf("find the proxy to the cluster: %w", err)
+	}
+	if proxy != nil {
+		c.ProxyURL = proxy.String()
+	}
+	return c, nil
 }
 
 // Login implements Provider: it replaces the certificate that somebody was given by
@@ -71,14 +90,22 @@ func (c *Certificate) Renew(ctx context.Context, have *Credential) (*Credential,
 	if err != nil {
 		return nil, err
 	}
-	kube, err := kubernetes.NewForConfig(&rest.Config{
+	config := &rest.Config{
 		Host: c.Server,
 		TLSClientConfig: rest.TLSClientConfig{
 			CAData: []byte(c.CA), ServerName: c.ServerName,
 			CertData: []byte(have.Certificate), KeyData: []byte(have.Key),
 		},
 		Timeout: machineTime,
-	})
+	}
+	if c.ProxyURL != "" {
+		proxy, err := url.Parse(c.ProxyURL)
+		if err != nil {
+			return nil, fmt.Errorf("address of the proxy to the cluster: %w", err)
+		}
+		config.Proxy = http.ProxyURL(proxy)
+	}
+	kube, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("renew the certificate: %w", err)
 	}

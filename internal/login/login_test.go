@@ -3,10 +3,16 @@ package login
 import (
 	"context"
 	"errors"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/util/cert"
 )
 
 func TestCredentialIsForOneCluster(t *testing.T) {
@@ -204,6 +210,46 @@ func TestNobodyWaitsForWhoTypes(t *testing.T) {
 	}
 	if person.locked != nil {
 		t.Error(person.locked)
+	}
+}
+
+// TestCertificateByProxy renews where the kubeconfig named a proxy; the session has been
+// in its file since.
+func TestCertificateByProxy(t *testing.T) {
+	asked := make(chan string, 10)
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked <- r.Method + " " + r.Host
+		w.WriteHeader(http.StatusForbidden)
+	}))
+	t.Cleanup(proxy.Close)
+	address, err := url.Parse(proxy.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, key, err := cert.GenerateSelfSignedCertKey("ann", nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	provider, err := NewCertificate(&rest.Config{
+		Host: "https://far.invalid:6443", Proxy: http.ProxyURL(address), TLSClientConfig: rest.TLSClientConfig{CertData: pair, KeyData: key},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := newCache(t, Session{Certificate: provider, Credential: provider.first}).load("s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Certificate.Renew(t.Context(), s.Credential); err == nil {
+		t.Error("renewed without a cluster")
+	}
+	select {
+	case got := <-asked:
+		if want := "CONNECT far.invalid:6443"; got != want {
+			t.Errorf("the proxy was asked to %s, want %s", got, want)
+		}
+	default:
+		t.Error("the proxy was not asked")
 	}
 }
 
