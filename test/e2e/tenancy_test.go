@@ -826,12 +826,27 @@ func TestTenantDeletion(t *testing.T) {
 			t.Errorf("the tenant is gone and this is not: %s", out)
 		}
 	}
-	out := kubectl(t, admin, "get", "clusterroles,clusterrolebindings,rolebindings,roles,blocks,validatingadmissionpolicies,namespaces", "-A", "-o", "yaml")
-	for line := range strings.Lines(out) {
-		if strings.Contains(line, tn.name) {
+	naming := func() (lines []string) {
+		out := kubectl(t, admin, "get", "clusterroles,clusterrolebindings,rolebindings,roles,blocks,validatingadmissionpolicies,flowschemas,quotaledgers,namespaces", "-A", "-o", "yaml")
+		for line := range strings.Lines(out) {
+			if strings.Contains(line, tn.name) {
+				lines = append(lines, line)
+			}
+		}
+		return lines
+	}
+	for _, line := range naming() {
+		if !strings.Contains(line, tn.owner) { // what its owner may do as a User goes with the User
 			t.Errorf("the tenant is gone and something still names it: %s", line)
 		}
 	}
+	kubectl(t, admin, "delete", "user", tn.owner)
+	eventually(t, func() error {
+		if lines := naming(); len(lines) > 0 {
+			return fmt.Errorf("the tenant's owner is gone and something still names it: %s", lines)
+		}
+		return nil
+	})
 	refused(t, tn.owner, "", "cannot create", "create", "namespace", "tenancy-late")
 	noTraces(t, id)
 }
