@@ -65,9 +65,13 @@ func boot() error {
 			return err
 		}
 	}
-	// A short way to the layers: mount(2) takes a page of options.
-	if err := os.Symlink(guestapi.DiskDir, layersLink); err != nil {
-		return err
+	for link, target := range map[string]string{
+		layersLink:   guestapi.DiskDir,  // a short way to the layers: mount(2) takes a page of options
+		"/dev/stdin": "/proc/self/fd/0", // crun update reads what it changes from there
+	} {
+		if err := os.Symlink(target, link); err != nil {
+			return err
+		}
 	}
 	for name, value := range map[string]string{"PATH": "/sbin", "HOME": "/", "TMPDIR": "/tmp"} {
 		if err := os.Setenv(name, value); err != nil {
