@@ -56,10 +56,16 @@ func (w *quotaWebhook) Handle(ctx context.Context, req admission.Request) admiss
 		return admission.Errored(http.StatusBadRequest, err)
 	}
 	refusal, err := w.reserve(ctx, &ns, req.DryRun != nil && *req.DryRun)
+	return verdict(refusal, err, http.StatusInternalServerError)
+}
+
+// verdict answers with a refusal, which is for the user to read, with an error of
+// ours, which has the HTTP status code, or with neither.
+func verdict(refusal, err error, code int32) admission.Response {
 	var known apierrors.APIStatus
 	switch {
 	case err != nil:
-		return admission.Errored(http.StatusInternalServerError, err)
+		return admission.Errored(code, err)
 	case errors.As(refusal, &known): // says what the API server itself would say
 		status := known.Status()
 		return admission.Response{AdmissionResponse: admissionv1.AdmissionResponse{Result: &status}}

@@ -27,17 +27,7 @@ type usageWebhook struct{ *accounts }
 // Handle implements admission.Handler.
 func (w *usageWebhook) Handle(ctx context.Context, req admission.Request) admission.Response {
 	refusal, err := w.judge(ctx, req)
-	var known apierrors.APIStatus
-	switch {
-	case err != nil:
-		return admission.Errored(http.StatusServiceUnavailable, err)
-	case errors.As(refusal, &known): // says what the API server itself would say
-		status := known.Status()
-		return admission.Response{AdmissionResponse: admissionv1.AdmissionResponse{Result: &status}}
-	case refusal != nil:
-		return admission.Denied(refusal.Error())
-	}
-	return admission.Allowed("")
+	return verdict(refusal, err, http.StatusServiceUnavailable)
 }
 
 // judge returns a refusal for the user to read, or an error that is ours.
