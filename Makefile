@@ -29,7 +29,7 @@ KEYSTONE := python3-keystone uwsgi-core uwsgi-plugin-python3
 
 # What our programs are made from. VERSION is in them, and therefore in a file that
 # changes with it.
-SOURCES := go.mod go.sum $(shell find api cmd internal -type f ! -name '*_test.go')
+SOURCES := go.mod go.sum $(shell find api cmd deploy/apiserver internal -type f ! -name '*_test.go')
 # Debian's package database changes whenever a package does.
 DPKG := $(wildcard /var/lib/dpkg/status)
 

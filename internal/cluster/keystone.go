@@ -17,10 +17,9 @@ const (
 	keystonePort = 5000 // OpenStack's own
 	// keystoneUser validates tokens for the controller, which finds the credentials in the
 	// Secret, as the cloud of this name.
-	keystoneUser    = "h8s"
-	keystoneCloud   = "h8s"
-	keystoneSecret  = "h8s-keystone"
-	tokenReviewPath = "/token-review"
+	keystoneUser   = "h8s"
+	keystoneCloud  = "h8s"
+	keystoneSecret = "h8s-keystone"
 	// tokenReviewKubeconfig leads the API server to the controller's token reviews.
 	tokenReviewKubeconfig = "kubernetes/token-review.kubeconfig"
 )

@@ -74,7 +74,7 @@ func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
 				file{"kubernetes/pki/" + name + ".crt", 0o644, p.pairs[name].cert},
 				file{"kubernetes/pki/" + name + ".key", 0o600, p.pairs[name].key})
 		}
-		webhooks, err := webhooksKubeconfig(p, authorizePath)
+		webhooks, err := webhooksKubeconfig(p, apiserver.AuthorizePath)
 		if err != nil {
 			return nil, err
 		}
@@ -82,7 +82,7 @@ func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
 			file{"kubernetes/authorization.yaml", 0o644, apiserver.Authorization},
 			file{strings.TrimPrefix(apiserver.WebhooksKubeconfig, "/etc/"), 0o600, webhooks})
 		if c.Keystone {
-			reviews, err := webhooksKubeconfig(p, tokenReviewPath)
+			reviews, err := webhooksKubeconfig(p, apiserver.TokenReviewPath)
 			if err != nil {
 				return nil, err
 			}

@@ -7,6 +7,8 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"sigs.k8s.io/yaml"
+
+	"h8s.io/hypernetes/deploy/apiserver"
 )
 
 func renderFiles(t *testing.T, c *Config, n Node) map[string]file {
@@ -144,7 +146,7 @@ func TestTokenReviewFlags(t *testing.T) {
 				if want := with && i == 0; there != want {
 					t.Errorf("%s has the kubeconfig: %t, want %t", n.Name, there, want)
 				}
-				if there && !strings.Contains(string(conf.data), "https://"+webhooksService+tokenReviewPath) {
+				if there && !strings.Contains(string(conf.data), "https://"+webhooksService+apiserver.TokenReviewPath) {
 					t.Errorf("it leads elsewhere:\n%s", conf.data)
 				}
 				for _, p := range nodePrograms(c, n) {

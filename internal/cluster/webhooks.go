@@ -22,7 +22,6 @@ const (
 	webhooksHost    = "h8s-controller." + productNamespace + ".svc"
 	webhooksSecret  = "h8s-webhooks"
 	webhooksCert    = "h8s-controller"
-	authorizePath   = "/authorize"
 )
 
 // webhooksKubeconfig leads the API server to the controller's webhook of the path.

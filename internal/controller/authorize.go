@@ -18,10 +18,6 @@ import (
 	"h8s.io/hypernetes/internal/tenancy"
 )
 
-// AuthorizePath is where the webhook server answers SubjectAccessReviews; the API
-// server's AuthorizationConfiguration leads to it.
-const AuthorizePath = "/authorize"
-
 const (
 	// authorizeDeadline bounds an answer. The caches answer in microseconds; this is for
 	// a controller that has just started and has none yet. The API server waits 1s.

@@ -25,6 +25,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/deploy/apiserver"
 )
 
 // caller sends requests as they are, with a certificate of the user.
@@ -465,7 +466,7 @@ func TestAuthorizerInput(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := httptest.NewRecorder()
-			(&authorizer{reader}).ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), tt.method, AuthorizePath, bytes.NewReader([]byte(tt.body))))
+			(&authorizer{reader}).ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), tt.method, apiserver.AuthorizePath, bytes.NewReader([]byte(tt.body))))
 			var review authorizationv1.SubjectAccessReview
 			if w.Code == http.StatusOK {
 				if err := json.Unmarshal(w.Body.Bytes(), &review); err != nil {

@@ -33,6 +33,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/webhook/authentication"
 
 	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/deploy/apiserver"
 	"h8s.io/hypernetes/internal/tenancy"
 )
 
@@ -126,9 +127,9 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 	server.Register("/validate-namespace", &admission.Webhook{Handler: newQuotaWebhook(objects, decoder)})
 	server.Register("/validate-usage", &admission.Webhook{Handler: &usageWebhook{accounts}})
 	server.Register("/validate-network", &admission.Webhook{Handler: &networkWebhook{objects, infrastructure, decoder}})
-	server.Register(AuthorizePath, &authorizer{mgr.GetClient()})
+	server.Register(apiserver.AuthorizePath, &authorizer{mgr.GetClient()})
 	if opts.Tokens != nil {
-		server.Register(TokenReviewPath, &authentication.Webhook{Handler: &tokenReviewWebhook{opts.Tokens}})
+		server.Register(apiserver.TokenReviewPath, &authentication.Webhook{Handler: &tokenReviewWebhook{opts.Tokens}})
 	}
 	return nil
 }

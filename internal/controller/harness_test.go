@@ -144,7 +144,7 @@ func start(ctx context.Context) (stop func() error, err error) {
 func configureAuthorization(apiServer *envtest.APIServer, hooks *envtest.WebhookInstallOptions) error {
 	kubeconfig := clientcmdapi.NewConfig()
 	kubeconfig.Clusters["h8s"] = &clientcmdapi.Cluster{
-		Server: fmt.Sprintf("https://%s:%d%s", hooks.LocalServingHost, hooks.LocalServingPort, AuthorizePath), CertificateAuthorityData: hooks.LocalServingCAData,
+		Server: fmt.Sprintf("https://%s:%d%s", hooks.LocalServingHost, hooks.LocalServingPort, apiserver.AuthorizePath), CertificateAuthorityData: hooks.LocalServingCAData,
 	}
 	kubeconfig.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
 	kubeconfig.CurrentContext = "h8s"

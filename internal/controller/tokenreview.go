@@ -11,10 +11,6 @@ import (
 	"h8s.io/hypernetes/internal/identity"
 )
 
-// TokenReviewPath is where the API server asks who a token is of
-// (authentication.k8s.io/v1, TokenReview).
-const TokenReviewPath = "/token-review"
-
 // TokenValidator says who a token is of. The error is an *identity.Refusal if it is
 // nobody's.
 type TokenValidator interface {

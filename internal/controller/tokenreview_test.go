@@ -27,6 +27,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/deploy/apiserver"
 	"h8s.io/hypernetes/internal/identity"
 	"h8s.io/hypernetes/internal/keystone"
 )
@@ -51,7 +52,7 @@ func (l *lateValidator) Validate(ctx context.Context, token string) (*identity.I
 func reviewTokens(apiServer *envtest.APIServer, hooks *envtest.WebhookInstallOptions) error {
 	config := clientcmdapi.NewConfig()
 	config.Clusters["h8s"] = &clientcmdapi.Cluster{
-		Server:                   fmt.Sprintf("https://%s:%d%s", hooks.LocalServingHost, hooks.LocalServingPort, TokenReviewPath),
+		Server:                   fmt.Sprintf("https://%s:%d%s", hooks.LocalServingHost, hooks.LocalServingPort, apiserver.TokenReviewPath),
 		CertificateAuthorityData: hooks.LocalServingCAData,
 	}
 	config.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
