@@ -53,6 +53,13 @@ type TenantSpec struct {
 
 	// Quota bounds what the tenant may have across all its namespaces.
 	Quota TenantQuota `json:"quota,omitempty"`
+
+	// Suspended takes away every access that memberships give, as if the tenant had
+	// no members. Its workloads, volumes and networks stay as they are.
+	Suspended bool `json:"suspended,omitempty"`
+	// SuspendedBecause tells the members why. It says nothing while the Tenant is not suspended.
+	// +kubebuilder:validation:MaxLength=253
+	SuspendedBecause string `json:"suspendedBecause,omitempty"`
 }
 
 // Member is one subject and its role in the Tenant.
