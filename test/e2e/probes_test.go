@@ -48,7 +48,7 @@ func TestProbes(t *testing.T) {
 		t.Run(tn.name, func(t *testing.T) {
 			t.Run("Addresses", func(t *testing.T) { testAddresses(t, tn, node) })
 			t.Run("HealthyPasses", func(t *testing.T) { testHealthy(t, tn) })
-			t.Run("SickFails", func(t *testing.T) { testSick(t, tn) })
+			t.Run("SickFails", func(t *testing.T) { testSick(t, tn, node) })
 			t.Run("Hooks", func(t *testing.T) { testHooks(t, tn) })
 			t.Run("Logs", func(t *testing.T) { testLogs(t, tn) })
 			t.Run("Exec", func(t *testing.T) { testExec(t, tn) })
@@ -104,7 +104,6 @@ func probedPod(name, node string, healthy bool) string {
 		p := probes[kind]
 		readiness := p.pass + ", periodSeconds: 2"
 		if !healthy {
-			// Rarely: the kubelet tells of a pod 25 times at once, and then no more for minutes.
 			readiness = p.fail + ", periodSeconds: 20"
 		}
 		return fmt.Sprintf(`
@@ -256,17 +255,26 @@ func testHealthy(t *testing.T, tn tenant) {
 	}
 }
 
-// testSick shows that each kind of probe tells a healthy server from a sick one.
-func testSick(t *testing.T, tn tenant) {
+// testSick shows that each kind of probe tells a healthy server from a sick one. It asks
+// for the kubelet's count: of events it sends each pod a few only.
+func testSick(t *testing.T, tn tenant, node string) {
 	eventually(t, func() error {
-		out, err := try(tn.owner, "get", "events", "-n", tn.ns, "-o",
-			`jsonpath={range .items[?(@.reason=="Unhealthy")]}{.involvedObject.name} {.involvedObject.fieldPath} {.message}{"\n"}{end}`)
+		metrics, err := try(admin, "get", "--raw", "/api/v1/nodes/"+node+"/proxy/metrics/probes")
 		if err != nil {
 			return err
 		}
+		failed := map[string]bool{}
+		for line := range strings.Lines(metrics) {
+			if m := probeTotal.FindStringSubmatch(line); m != nil && m[2] == tn.ns && m[3] == "sick" {
+				failed[m[1]] = failed[m[1]] || m[4] == "failed"
+				if m[4] == "successful" {
+					t.Errorf("the readiness probe %s has passed: %s", m[1], line)
+				}
+			}
+		}
 		for kind := range probes {
-			if !strings.Contains(out, "sick spec.containers{"+kind+"} Readiness probe ") {
-				return fmt.Errorf("no event says that the readiness probe %s failed: %s", kind, out)
+			if !failed[kind] {
+				return fmt.Errorf("the readiness probe %s has not failed: %v", kind, failed)
 			}
 		}
 		return nil
@@ -283,6 +291,9 @@ func testSick(t *testing.T, tn tenant) {
 		t.Errorf("%d restarts: startup and liveness probes, which pass, failed", restarts)
 	}
 }
+
+// probeTotal is a line of the kubelet's /metrics/probes: container, namespace, pod and result of a readiness probe.
+var probeTotal = regexp.MustCompile(`^prober_probe_total\{container="([^"]*)",namespace="([^"]*)",pod="([^"]*)",pod_uid="[^"]*",probe_type="Readiness",result="([^"]*)"\}`)
 
 func testHooks(t *testing.T, tn tenant) {
 	eventually(t, func() error {
