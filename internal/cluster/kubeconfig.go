@@ -2,12 +2,6 @@ package cluster
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
@@ -86,7 +80,7 @@ func (c *Config) userKubeconfig(ctx context.Context, user string, groups []strin
 			return nil, err
 		}
 	}
-	request, key, err := newRequest(user, groups)
+	request, key, err := tenancy.CertificateRequest(user, groups...)
 	if err != nil {
 		return nil, fmt.Errorf("make certificate request: %w", err)
 	}
@@ -94,7 +88,7 @@ func (c *Config) userKubeconfig(ctx context.Context, user string, groups []strin
 	if err != nil {
 		return nil, err
 	}
-	cert, err := signRequest(ctx, kube, user, request)
+	signed, err := signRequest(ctx, kube, user, request)
 	if err != nil {
 		return nil, fmt.Errorf("have the certificate of %q signed: %w", user, err)
 	}
@@ -102,24 +96,7 @@ func (c *Config) userKubeconfig(ctx context.Context, user string, groups []strin
 	if err != nil {
 		return nil, err
 	}
-	return kubeconfig(c, ca, user, keyPair{cert: cert, key: key})
-}
-
-// newRequest makes a key and a certificate signing request, as PEM.
-func newRequest(user string, groups []string) (request, key []byte, err error) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, err
-	}
-	template := &x509.CertificateRequest{Subject: pkix.Name{CommonName: user, Organization: groups}}
-	der, err := x509.CreateCertificateRequest(rand.Reader, template, private)
-	if err != nil {
-		return nil, nil, err
-	}
-	if key, err = encodeKey(private); err != nil {
-		return nil, nil, err
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), key, nil
+	return kubeconfig(c, ca, user, keyPair{cert: signed, key: key})
 }
 
 // signRequest takes a request through the cluster's CSR API, as its administrator.
@@ -151,18 +128,18 @@ func signRequest(ctx context.Context, kube kubernetes.Interface, user string, re
 	if _, err := csrs.UpdateApproval(ctx, csr.Name, csr, metav1.UpdateOptions{}); err != nil {
 		return nil, fmt.Errorf("approve: %w", err)
 	}
-	var cert []byte
+	var certificate []byte
 	err = poll(ctx, 50*time.Millisecond, func() error {
 		signed, err := csrs.Get(ctx, csr.Name, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
-		if cert = signed.Status.Certificate; len(cert) == 0 {
+		if certificate = signed.Status.Certificate; len(certificate) == 0 {
 			return errors.New("kube-controller-manager has not signed it")
 		}
 		return nil
 	})
-	return cert, err
+	return certificate, err
 }
 
 // objectClient is the administrator's client for every kind.

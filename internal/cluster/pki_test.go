@@ -109,13 +109,3 @@ func TestKubeconfig(t *testing.T) {
 		t.Errorf("kubeconfig does not hold what it was made from: %s", data)
 	}
 }
-
-func TestNewRequest(t *testing.T) {
-	request, _, err := newRequest("alice", []string{"team"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(request) == 0 {
-		t.Error("empty request")
-	}
-}

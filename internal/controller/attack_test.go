@@ -3,13 +3,7 @@ package controller
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
 	"fmt"
 	"net/http"
 	"strings"
@@ -29,6 +23,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/tenancy"
 )
 
 // attack is what the attacks have in common: alice owns tenant att and its
@@ -257,22 +252,18 @@ func (a *attack) bindClusterRole(t *testing.T) {
 
 // certificates: no signer makes her somebody else.
 func (a *attack) certificates(t *testing.T) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
 	for name, tt := range map[string]struct {
-		signer  string
-		subject pkix.Name
+		signer, name string
+		groups       []string
 	}{
-		"a master":        {certificatesv1.KubeAPIServerClientSignerName, pkix.Name{CommonName: "x", Organization: []string{"system:masters"}}},
-		"bob":             {certificatesv1.KubeAPIServerClientSignerName, pkix.Name{CommonName: "att-bob"}},
-		"a kubelet":       {certificatesv1.KubeAPIServerClientKubeletSignerName, pkix.Name{CommonName: "system:node:n1", Organization: []string{"system:nodes"}}},
-		"a kubelet there": {certificatesv1.KubeletServingSignerName, pkix.Name{CommonName: "system:node:n1", Organization: []string{"system:nodes"}}},
-		"a legacy signer": {"kubernetes.io/legacy-unknown", pkix.Name{CommonName: "att-bob"}},
+		"a master":        {certificatesv1.KubeAPIServerClientSignerName, "x", []string{"system:masters"}},
+		"bob":             {certificatesv1.KubeAPIServerClientSignerName, "att-bob", nil},
+		"a kubelet":       {certificatesv1.KubeAPIServerClientKubeletSignerName, "system:node:n1", []string{"system:nodes"}},
+		"a kubelet there": {certificatesv1.KubeletServingSignerName, "system:node:n1", []string{"system:nodes"}},
+		"a legacy signer": {"kubernetes.io/legacy-unknown", "att-bob", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: tt.subject}, key)
+			pkcs10, _, err := tenancy.CertificateRequest(tt.name, tt.groups...)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -280,7 +271,7 @@ func (a *attack) certificates(t *testing.T) {
 				ObjectMeta: metav1.ObjectMeta{Name: "att"},
 				Spec: certificatesv1.CertificateSigningRequestSpec{
 					SignerName: tt.signer, Usages: []certificatesv1.KeyUsage{certificatesv1.UsageClientAuth, certificatesv1.UsageDigitalSignature},
-					Request: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}),
+					Request: pkcs10,
 				},
 			}
 			if err := a.alice.Create(t.Context(), csr.DeepCopy(), client.DryRunAll); !apierrors.IsForbidden(err) {

@@ -205,19 +205,11 @@ func TestRenewalOfCertificate(t *testing.T) {
 func TestFirstCertificate(t *testing.T) {
 	ctx := t.Context()
 	newUser(t, "first-ann")
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	pkcs10, key, err := tenancy.CertificateRequest("first-ann")
 	if err != nil {
 		t.Fatal(err)
 	}
-	encoded, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "first-ann"}}, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	csr := tenancy.Renewal("first-ann", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+	csr := tenancy.Renewal("first-ann", pkcs10)
 	csr.Name = "first-ann"
 	if err := cluster.admin.Create(ctx, csr); err != nil {
 		t.Fatal(err)
@@ -237,7 +229,7 @@ func TestFirstCertificate(t *testing.T) {
 		return nil
 	})
 	config := rest.AnonymousClientConfig(cluster.env.Config)
-	config.CertData, config.KeyData = csr.Status.Certificate, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: encoded})
+	config.CertData, config.KeyData = csr.Status.Certificate, key
 	first, err := login.NewCertificate(config)
 	if err != nil {
 		t.Fatal(err)
@@ -355,11 +347,7 @@ func TestCertificatesOfOthers(t *testing.T) {
 		}
 		t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), obj) })
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "system:node:n1", Organization: []string{"system:nodes"}}}, key)
+	pkcs10, _, err := tenancy.CertificateRequest("system:node:n1", "system:nodes")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -367,7 +355,7 @@ func TestCertificatesOfOthers(t *testing.T) {
 		ObjectMeta: metav1.ObjectMeta{GenerateName: "node-csr-"},
 		Spec: certificatesv1.CertificateSigningRequestSpec{
 			SignerName: certificatesv1.KubeAPIServerClientKubeletSignerName, Usages: []certificatesv1.KeyUsage{certificatesv1.UsageClientAuth, certificatesv1.UsageDigitalSignature},
-			Request: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}),
+			Request: pkcs10,
 		},
 	}
 	for name, c := range map[string]client.Client{
@@ -393,16 +381,12 @@ func TestCertificatesOfOthers(t *testing.T) {
 func TestControllerApprovesNothingElse(t *testing.T) {
 	ctx := t.Context()
 	robber := impersonate(t, rest.ImpersonationConfig{UserName: controllerUser, Groups: []string{"system:serviceaccounts", "system:authenticated"}})
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "system:kube-controller-manager"}}, key)
+	pkcs10, _, err := tenancy.CertificateRequest("system:kube-controller-manager")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"robbery", "h8s:user:" + controllerUser} {
-		csr := tenancy.Renewal("x", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+		csr := tenancy.Renewal("x", pkcs10)
 		csr.Name = name
 		if err := robber.Create(ctx, csr); err != nil {
 			t.Fatal(err)

@@ -3,7 +3,6 @@ package login
 import (
 	"context"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -20,8 +19,6 @@ import (
 	"k8s.io/client-go/kubernetes"
 	certificatesclient "k8s.io/client-go/kubernetes/typed/certificates/v1"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/util/cert"
-	"k8s.io/client-go/util/keyutil"
 
 	"h8s.io/hypernetes/internal/tenancy"
 )
@@ -108,7 +105,7 @@ func (c *Certificate) Renew(ctx context.Context, have *Credential) (*Credential,
 	if err != nil {
 		return nil, fmt.Errorf("renew the certificate: %w", err)
 	}
-	request, key, err := certificateRequest(user)
+	request, key, err := tenancy.CertificateRequest(user)
 	if err != nil {
 		return nil, fmt.Errorf("make a certificate request: %w", err)
 	}
@@ -194,19 +191,6 @@ func ignoreNotFound(err error) error {
 		return nil
 	}
 	return err
-}
-
-// certificateRequest makes a key and a request (PKCS #10, RFC 2986) for the name alone.
-func certificateRequest(user string) (request, key []byte, err error) {
-	if key, err = keyutil.MakeEllipticPrivateKeyPEM(); err != nil {
-		return nil, nil, err
-	}
-	private, err := keyutil.ParsePrivateKeyPEM(key)
-	if err != nil {
-		return nil, nil, err
-	}
-	request, err = cert.MakeCSR(private, &pkix.Name{CommonName: user}, nil, nil)
-	return request, key, err
 }
 
 // certificateCredential is to be renewed when half of its time is over, so that

@@ -2,6 +2,7 @@ package tenancy
 
 import (
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
 	"slices"
@@ -10,6 +11,8 @@ import (
 	certificatesv1 "k8s.io/api/certificates/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/util/cert"
+	"k8s.io/client-go/util/keyutil"
 	"k8s.io/utils/ptr"
 
 	"h8s.io/hypernetes/api/v1alpha1"
@@ -23,6 +26,20 @@ const CertificateLifetime = time.Hour
 // certificate, and of the ClusterRole by which it may; the User's name follows.
 // Names of Users are DNS names, so that no two Users share one.
 const RenewalPrefix = "h8s:user:"
+
+// CertificateRequest makes a key and a request for a certificate of the user, in the
+// groups, both as PEM.
+func CertificateRequest(user string, groups ...string) (request, key []byte, err error) {
+	if key, err = keyutil.MakeEllipticPrivateKeyPEM(); err != nil {
+		return nil, nil, err
+	}
+	private, err := keyutil.ParsePrivateKeyPEM(key)
+	if err != nil {
+		return nil, nil, err
+	}
+	request, err = cert.MakeCSR(private, &pkix.Name{CommonName: user, Organization: groups}, nil, nil)
+	return request, key, err
+}
 
 var renewalUsages = []certificatesv1.KeyUsage{certificatesv1.UsageClientAuth, certificatesv1.UsageDigitalSignature}
 
