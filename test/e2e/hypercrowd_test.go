@@ -33,7 +33,7 @@ func TestHyperCrowd(t *testing.T) {
 	}
 	begin := time.Now()
 	tn.run(t, manifests...)
-	eventually(t, func() error {
+	within(t, 3*patience, func() error { // much at once for two processors
 		out, err := try(tn.owner, "get", "pods", "-n", tn.ns, "-o", `jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}`)
 		if n := strings.Count(out, "True"); err == nil && n != count {
 			err = fmt.Errorf("%d of %d pods are Ready", n, count)

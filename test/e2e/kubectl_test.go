@@ -112,12 +112,11 @@ func within(t testing.TB, limit time.Duration, f func() error) {
 	}
 }
 
+// poll asks often at first, and then seldom: what it waits for needs the processors, too.
 func poll(within time.Duration, f func() error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
-	tick := time.NewTicker(250 * time.Millisecond)
-	defer tick.Stop()
-	for {
+	for pause := 100 * time.Millisecond; ; pause = min(pause*3/2, 1500*time.Millisecond) {
 		err := f()
 		if err == nil {
 			return nil
@@ -125,7 +124,7 @@ func poll(within time.Duration, f func() error) error {
 		select {
 		case <-ctx.Done():
 			return err
-		case <-tick.C:
+		case <-time.After(pause):
 		}
 	}
 }
