@@ -40,8 +40,9 @@ func TestHyperFaults(t *testing.T) {
 	tn := newTenant(t, "hyperfaults", "10.0.0.0/16")
 	tn.useHyper(t)
 	system := operatorNamespace(t, "hyperfaults-system")
-	// Its liveness is asked through containerd, its readiness through the network.
-	tn.run(t, ticker("steady", node, "", small+"livenessProbe: {exec: {command: [test, '!', -e, /tmp/sick]}, periodSeconds: 3, timeoutSeconds: 10, failureThreshold: 2},"))
+	// Its liveness is asked through containerd, its readiness through the network. It is
+	// patient, as many machines start beside it.
+	tn.run(t, ticker("steady", node, "", small+"livenessProbe: {exec: {command: [test, '!', -e, /tmp/sick]}, periodSeconds: 3, timeoutSeconds: 30, failureThreshold: 4},"))
 	tn.waitReady(t, "steady")
 	steady := tn.identity(t, node, "steady")
 

@@ -90,6 +90,7 @@ func findVM(node, uid string) (vm, error) {
 // kernel's boot, and how often it was started again.
 func (tn tenant) identity(t testing.TB, node, pod string) string {
 	t.Helper()
+	tn.waitReady(t, pod) // a busy machine answers late, and is the same
 	boot, _, err := tn.printed(pod)
 	if err != nil {
 		t.Fatal(err)
@@ -98,7 +99,8 @@ func (tn tenant) identity(t testing.TB, node, pod string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprintf("QEMU %d, boot %s, restarts and readiness %s", tn.vm(t, node, pod).qemu.pid, boot, restarts)
+	restarts, _, _ = strings.Cut(restarts, " ")
+	return fmt.Sprintf("QEMU %d, boot %s, restarts %s", tn.vm(t, node, pod).qemu.pid, boot, restarts)
 }
 
 // printed is what a ticker has printed: the ID of the boot, and how many numbers, all of
