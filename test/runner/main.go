@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
@@ -101,6 +102,11 @@ func run(ctx context.Context, s suite) totals {
 	}
 	fmt.Printf("=== %s: %s\n", s.name, strings.Join(s.argv, " "))
 
+	events, err := record(s)
+	if err != nil {
+		return failure(s, start, err)
+	}
+	defer events.Close()
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Dir = s.dir
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
@@ -117,7 +123,7 @@ func run(ctx context.Context, s suite) totals {
 
 	var t totals
 	if s.goes {
-		t = count(out, os.Stdout, start)
+		t = count(io.TeeReader(out, events), os.Stdout, start)
 	} else {
 		_, _ = io.Copy(errOut, out)
 	}
@@ -134,6 +140,15 @@ func run(ctx context.Context, s suite) totals {
 	}
 	fmt.Printf("=== %s: %d passed, %d failed, %d skipped (%s)\n\n", s.name, t.passed, t.failed, t.skipped, elapsed(start))
 	return t
+}
+
+// record makes the file that keeps every event of a suite: it tells how long each subtest took.
+func record(s suite) (*os.File, error) {
+	const dir = "bin/log"
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	return os.Create(filepath.Join(dir, "test-"+strings.ReplaceAll(s.name, " ", "-")+".json"))
 }
 
 func failure(s suite, start time.Time, err error) totals {

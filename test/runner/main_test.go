@@ -81,6 +81,7 @@ func TestRunAll(t *testing.T) {
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
+			t.Chdir(t.TempDir()) // where the logs go
 			ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt)
 			defer stop()
 			if got := runAll(ctx, c.suites, c.only); !reflect.DeepEqual(got, c.want) {
