@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"h8s.io/hypernetes/internal/controller"
@@ -132,13 +133,21 @@ func (f *loginFlags) run(ctx context.Context) error {
 	return nil
 }
 
+// source is the kubeconfig that names the cluster. Where that is the one to write to, it
+// need not exist yet; it is made with mode 0600.
+func (f *loginFlags) source() (*kubeconfigFiles, *clientcmdapi.Config, error) {
+	if f.from == "" {
+		raw, err := f.files.access().GetStartingConfig()
+		return f.files, raw, err
+	}
+	source := &kubeconfigFiles{path: f.from}
+	raw, err := source.client().RawConfig()
+	return source, &raw, err
+}
+
 // target is the cluster to log in to, and how the kubeconfig that names it gets in.
 func (f *loginFlags) target() (login.Entry, *rest.Config, error) {
-	source := f.files
-	if f.from != "" {
-		source = &kubeconfigFiles{path: f.from}
-	}
-	raw, err := source.client().RawConfig()
+	source, raw, err := f.source()
 	if err != nil {
 		return login.Entry{}, nil, fmt.Errorf("read the kubeconfig: %w", err)
 	}

@@ -83,30 +83,84 @@ func TestFromKeepsTheWay(t *testing.T) {
 	}
 }
 
-// TestTokensStayWithTheirCluster logs in to two clusters that are both called
-// "kubernetes", each in a kubeconfig of its own.
-func TestTokensStayWithTheirCluster(t *testing.T) {
-	issued := 0
+// testKeystone issues a token to everybody, and counts them. The environment of the
+// test names it, with everything that a login needs.
+type testKeystone struct{ issued int }
+
+func newTestKeystone(t *testing.T, dir string) *testKeystone {
+	t.Helper()
+	k := &testKeystone{}
 	identity := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		issued++
-		w.Header().Set("X-Subject-Token", fmt.Sprintf("token-%d", issued))
+		k.issued++
+		w.Header().Set("X-Subject-Token", fmt.Sprintf("token-%d", k.issued))
 		w.WriteHeader(http.StatusCreated)
 		fmt.Fprintf(w, `{"token":{"expires_at":%q}}`, time.Now().Add(time.Hour).UTC().Format("2006-01-02T15:04:05.000000Z"))
 	}))
 	t.Cleanup(identity.Close)
-	dir := t.TempDir()
 	for name, value := range map[string]string{
 		"XDG_CACHE_HOME": dir, "HOME": dir, "OS_CLOUD": "",
 		"OS_AUTH_URL": identity.URL + "/v3", "OS_USERNAME": "ann", "OS_USER_DOMAIN_NAME": "Default", "OS_PASSWORD": "secret",
 	} {
 		t.Setenv(name, value)
 	}
+	return k
+}
+
+func runH8s(t *testing.T, args ...string) error {
+	t.Helper()
+	root := newRoot()
+	root.SetArgs(args)
+	return root.ExecuteContext(t.Context())
+}
+
+// TestLoginMakesTheKubeconfig that --kubeconfig names. What is only read must exist.
+func TestLoginMakesTheKubeconfig(t *testing.T) {
+	dir := t.TempDir()
+	newTestKeystone(t, dir)
+	s := newAPIServer(t)
+	missing := filepath.Join(dir, "missing")
+	for name, test := range map[string]struct {
+		args []string
+		want string // part of the error; empty if it is made
+	}{
+		"a new cluster":           {[]string{"--server", s.URL, "--certificate-authority", s.ca}, ""},
+		"nothing says which":      {nil, "--server"},
+		"a context that is not":   {[]string{"--context", "prod"}, "--server"},
+		"a certificate from it":   {[]string{"--certificate"}, "--server"},
+		"the source is missing":   {[]string{"--certificate", "--from", missing}, missing + ": no such file"},
+		"--from is not made here": {[]string{"--certificate", "--from", missing, "--server", s.URL}, missing + ": no such file"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "of", "mine", "config")
+			err := runH8s(t, append([]string{"login", "--kubeconfig", file}, test.args...)...)
+			info, statErr := os.Stat(file)
+			if test.want != "" {
+				if err == nil || !strings.Contains(err.Error(), test.want) || statErr == nil {
+					t.Errorf("%v, want %q; the file: %v", err, test.want, statErr)
+				}
+				return
+			}
+			if err != nil || statErr != nil || info.Mode() != 0o600 {
+				t.Fatalf("%v; the file: %v, %v", err, info, statErr)
+			}
+			s.tokens = nil
+			_ = ask(t, file)
+			if len(s.tokens) != 1 || s.tokens[0] == "" {
+				t.Errorf("the cluster got %q, want a token", s.tokens)
+			}
+		})
+	}
+}
+
+// TestTokensStayWithTheirCluster logs in to two clusters that are both called
+// "kubernetes", each in a kubeconfig of its own.
+func TestTokensStayWithTheirCluster(t *testing.T) {
+	dir := t.TempDir()
+	keystone := newTestKeystone(t, dir)
 	a, b := newAPIServer(t), newAPIServer(t)
 	login := func(s *apiServer, kubeconfig string, more ...string) error {
 		t.Setenv("KUBECONFIG", kubeconfig)
-		root := newRoot()
-		root.SetArgs(append([]string{"login", "--cluster", "kubernetes", "--server", s.URL, "--certificate-authority", s.ca}, more...))
-		return root.ExecuteContext(t.Context())
+		return runH8s(t, append([]string{"login", "--cluster", "kubernetes", "--server", s.URL, "--certificate-authority", s.ca}, more...)...)
 	}
 	fileA, fileB := filepath.Join(dir, "a"), filepath.Join(dir, "b")
 	if err := login(a, fileA); err != nil {
@@ -118,8 +172,8 @@ func TestTokensStayWithTheirCluster(t *testing.T) {
 	}
 
 	// The second login would take the first one's name.
-	if err := login(b, fileB); err == nil || !strings.Contains(err.Error(), "--session") || issued != 1 {
-		t.Errorf("login to B in A's session: %v (%d tokens), want a refusal that names --session", err, issued)
+	if err := login(b, fileB); err == nil || !strings.Contains(err.Error(), "--session") || keystone.issued != 1 {
+		t.Errorf("login to B in A's session: %v (%d tokens), want a refusal that names --session", err, keystone.issued)
 	}
 	if err := login(b, fileB, "--session", "b"); err != nil {
 		t.Fatal(err)
