@@ -8,6 +8,7 @@ import (
 	"golang.org/x/term"
 
 	"h8s.io/hypernetes/internal/cluster"
+	"h8s.io/hypernetes/internal/identity"
 )
 
 func newUp() *cobra.Command {
@@ -21,6 +22,7 @@ func newUp() *cobra.Command {
 	resolvers := cmd.Flags().StringSlice("resolver", nil, "DNS resolver (address:port) for the nodes; may be given again (default: the machine's)")
 	noProduct := cmd.Flags().Bool("no-product", false, "plain Kubernetes, without Hypernetes")
 	keystone := cmd.Flags().Bool("keystone", false, "with an OpenStack Keystone, from Debian's packages, whose users may log in (a new cluster only)")
+	keystonePrefix := cmd.Flags().String("keystone-prefix", "", fmt.Sprintf("beginning of the names of Keystone's users and groups (default %q)", identity.DefaultPrefix))
 	demo := cmd.Flags().Bool("demo", false, "make two tenants, acme and globex, with a web Service each")
 	oidc := oidcFlags(cmd)
 	bin := binDirFlag(cmd)
@@ -37,16 +39,17 @@ func newUp() *cobra.Command {
 			*nodes = 0 // as many as there are
 		}
 		return cluster.Up(cmd.Context(), cluster.UpOptions{
-			Name:      *name,
-			Nodes:     *nodes,
-			BinDir:    dir,
-			Resolvers: *resolvers,
-			OIDC:      provider,
-			Product:   !*noProduct,
-			Keystone:  *keystone,
-			Demo:      *demo,
-			Out:       os.Stdout,
-			Terminal:  term.IsTerminal(int(os.Stdout.Fd())),
+			Name:           *name,
+			Nodes:          *nodes,
+			BinDir:         dir,
+			Resolvers:      *resolvers,
+			OIDC:           provider,
+			Product:        !*noProduct,
+			Keystone:       *keystone,
+			KeystonePrefix: *keystonePrefix,
+			Demo:           *demo,
+			Out:            os.Stdout,
+			Terminal:       term.IsTerminal(int(os.Stdout.Fd())),
 		})
 	}
 	return cmd
@@ -64,7 +67,7 @@ func oidcFlags(cmd *cobra.Command) func() (*cluster.OIDC, error) {
 	flags.StringVar(&o.GroupsClaim, "oidc-groups-claim", "groups", "OpenID Connect: claim with the names of groups")
 	flags.StringVar(&o.Prefix, "oidc-username-prefix", "", "OpenID Connect: prefix of all its users and groups, such as oidc: (needed)")
 	cmd.MarkFlagsRequiredTogether("oidc-issuer-url", "oidc-client-id", "oidc-username-prefix")
-	return func() (*cluster.OIDC, error) {
+	return func() (*cluster.OIDC, error) { // cluster.Up validates it
 		if o.IssuerURL == "" {
 			return nil, nil
 		}
@@ -75,7 +78,7 @@ func oidcFlags(cmd *cobra.Command) func() (*cluster.OIDC, error) {
 			}
 			o.CA = string(data)
 		}
-		return &o, o.Validate()
+		return &o, nil
 	}
 }
 

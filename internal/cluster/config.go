@@ -11,6 +11,8 @@ import (
 	"regexp"
 
 	"github.com/google/renameio/v2"
+
+	"h8s.io/hypernetes/internal/identity"
 )
 
 // StateRoot is the directory that holds one state directory per cluster.
@@ -72,6 +74,9 @@ type Config struct {
 	OIDC *OIDC `json:"oidc,omitempty"`
 	// Keystone says whether there is one, whose users may log in.
 	Keystone bool `json:"keystone,omitempty"`
+	// KeystonePrefix begins the names of its users and groups; identity.DefaultPrefix if
+	// empty.
+	KeystonePrefix identity.Prefix `json:"keystonePrefix,omitempty"`
 }
 
 // newConfig lays out a cluster of the given number of nodes in subnet.

@@ -136,16 +136,19 @@ func TestHonours(t *testing.T) {
 	}
 	c := testConfig(t, 2)
 	c.BinDir, c.Resolvers = bin, []string{"192.0.2.1:53"}
+	c.Keystone, c.KeystonePrefix = true, "os-east:"
 	tests := map[string]struct {
 		options UpOptions
 		want    string // empty: no error
 	}{
-		"nothing is asked":          {UpOptions{BinDir: bin}, ""},
+		"nothing is asked":          {UpOptions{BinDir: bin, Product: true}, ""},
 		"what it is":                {UpOptions{BinDir: link, Nodes: 2, Resolvers: []string{"192.0.2.1:53"}, Product: true}, ""},
-		"more nodes":                {UpOptions{BinDir: bin, Nodes: 3}, "has 2 nodes and that cannot change: say --nodes 2"},
+		"more nodes":                {UpOptions{BinDir: bin, Nodes: 3, Product: true}, "has 2 nodes and that cannot change: say --nodes 2"},
 		"another resolver":          {UpOptions{BinDir: bin, Resolvers: []string{"192.0.2.2:53"}}, "uses the resolvers 192.0.2.1:53 and that cannot change: leave --resolver out"},
 		"other programs":            {UpOptions{BinDir: other}, "not those in " + other},
 		"a directory that is not":   {UpOptions{BinDir: "/nonexistent"}, "no such file"},
+		"another prefix":            {UpOptions{BinDir: bin, Keystone: true, KeystonePrefix: "os-west:"}, "has a Keystone whose names begin with os-east: and that cannot change: leave --keystone-prefix out"},
+		"its prefix":                {UpOptions{BinDir: bin, Keystone: true, KeystonePrefix: "os-east:", Product: true}, ""},
 		"the product to be removed": {UpOptions{BinDir: bin}, "leave --no-product out"},
 	}
 	for name, test := range tests {

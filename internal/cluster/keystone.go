@@ -7,6 +7,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"h8s.io/hypernetes/internal/identity"
 	"h8s.io/hypernetes/internal/keystone"
 )
 
@@ -33,6 +34,14 @@ func keystoneFlags() []string {
 		"--authentication-token-webhook-version=v1",
 		"--authentication-token-webhook-cache-ttl=0s",
 	}
+}
+
+// keystonePrefix begins the names that Keystone gives, or would.
+func (c *Config) keystonePrefix() identity.Prefix {
+	if c.KeystonePrefix == "" {
+		return identity.DefaultPrefix
+	}
+	return c.KeystonePrefix
 }
 
 func (c *Config) keystoneOptions() keystone.Options {

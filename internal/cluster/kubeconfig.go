@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"time"
 
 	certificatesv1 "k8s.io/api/certificates/v1"
@@ -35,13 +34,19 @@ func AdminKubeconfig(name string) ([]byte, error) {
 }
 
 // checkSubject refuses names that are not ours to certify: Kubernetes' own, such as
-// system:masters, and those that Keystone alone gives.
-func checkSubject(name string) error {
-	switch {
-	case name == "" || strings.HasPrefix(name, "system:"):
-		return fmt.Errorf("%q cannot be the name of a User or group: names that start with system: are Kubernetes' own", name)
-	case strings.HasPrefix(name, identity.DefaultPrefix):
-		return fmt.Errorf("%q cannot be the name of a User or group: names that start with %s are Keystone's, log in there", name, identity.DefaultPrefix)
+// system:masters, and those that Keystone or the identity provider alone gives.
+func (c *Config) checkSubject(name string) error {
+	if name == "" {
+		return errors.New("a User or group must have a name")
+	}
+	taken := append(identity.Reserved(), identity.DefaultPrefix, c.keystonePrefix())
+	if c.OIDC != nil {
+		taken = append(taken, identity.Prefix(c.OIDC.Prefix))
+	}
+	for _, prefix := range taken {
+		if prefix.Begins(name) {
+			return fmt.Errorf("%q cannot be the name of a User or group: names that start with %s are not an operator's to give, but Kubernetes', Hypernetes' or those of whom people log in with", name, prefix)
+		}
 	}
 	return nil
 }
@@ -76,7 +81,7 @@ func (c *Config) userKubeconfig(ctx context.Context, user string, groups []strin
 		return nil, fmt.Errorf("the User %q is disabled (spec.disabled)", user)
 	}
 	for _, n := range append([]string{user}, groups...) {
-		if err := checkSubject(n); err != nil {
+		if err := c.checkSubject(n); err != nil {
 			return nil, err
 		}
 	}

@@ -5,10 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"strings"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
+
+	"h8s.io/hypernetes/internal/identity"
 )
 
 // OIDC says whose ID tokens (OpenID Connect Core 1.0) the API server believes, and
@@ -27,11 +28,8 @@ type OIDC struct {
 	Prefix string `json:"prefix"`
 }
 
-// reservedPrefixes are of names that other authenticators or Kubernetes give.
-var reservedPrefixes = []string{"system:", "h8s:", "kubernetes:", "keystone:"}
-
-// Validate says what is wrong, if anything.
-func (o *OIDC) Validate() error {
+// Validate says what is wrong, if anything, where names of the prefix are Keystone's.
+func (o *OIDC) Validate(keystone identity.Prefix) error {
 	switch u, err := url.Parse(o.IssuerURL); {
 	case err != nil || u.Scheme != "https" || u.Host == "" || u.RawQuery != "" || u.Fragment != "":
 		return fmt.Errorf("--oidc-issuer-url %q must be a URL that starts with https:// and has no query", o.IssuerURL)
@@ -39,15 +37,15 @@ func (o *OIDC) Validate() error {
 		return errors.New("--oidc-client-id is missing: the client that tokens must be for")
 	case o.UsernameClaim == "":
 		return errors.New("--oidc-username-claim is empty: name the claim that has the user's name, such as email or sub")
-	case !strings.HasSuffix(o.Prefix, ":"):
-		return fmt.Errorf("--oidc-username-prefix %q must end in ':', such as oidc: — without, people of the issuer could have the names of others", o.Prefix)
 	case o.CA != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(o.CA)):
 		return errors.New("--oidc-ca-file has no PEM certificate")
 	}
-	for _, reserved := range reservedPrefixes {
-		if strings.HasPrefix(o.Prefix, reserved) || strings.HasPrefix(reserved, o.Prefix) {
-			return fmt.Errorf("--oidc-username-prefix %q is too much like %q, which is not the issuer's: choose another, such as oidc:", o.Prefix, reserved)
-		}
+	// Without, or with another's, people of the issuer could have the names of others.
+	switch prefix, err := identity.ParsePrefix(o.Prefix); {
+	case err != nil:
+		return fmt.Errorf("--oidc-username-prefix: %w", err)
+	case prefix == keystone || prefix == identity.DefaultPrefix:
+		return fmt.Errorf("--oidc-username-prefix %q: names that begin so are Keystone's: choose another, such as oidc:", o.Prefix)
 	}
 	return nil
 }

@@ -159,14 +159,3 @@ func TestTokenReviewFlags(t *testing.T) {
 		})
 	}
 }
-
-func TestCheckSubject(t *testing.T) {
-	for name, want := range map[string]bool{
-		"alice": true, "keystone": true, "shop": true,
-		"": false, "system:masters": false, "keystone:role:acme/web/admin": false, "keystone:": false,
-	} {
-		if err := checkSubject(name); (err == nil) != want {
-			t.Errorf("%q: %v, want acceptable: %t", name, err, want)
-		}
-	}
-}

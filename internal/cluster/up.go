@@ -22,6 +22,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"h8s.io/hypernetes/internal/hyper/install"
+	"h8s.io/hypernetes/internal/identity"
 	"h8s.io/hypernetes/internal/keystone"
 )
 
@@ -40,6 +41,9 @@ type UpOptions struct {
 	Product bool
 	// Keystone says whether a new cluster has one, whose users may log in.
 	Keystone bool
+	// KeystonePrefix begins the names of its users and groups; identity.DefaultPrefix if
+	// empty.
+	KeystonePrefix string
 	// Demo says whether to make two tenants to try things with.
 	Demo bool
 	// Out is where progress goes; Terminal says that it is one.
@@ -54,10 +58,8 @@ func Up(ctx context.Context, o UpOptions) error {
 	if err := ValidateName(o.Name); err != nil {
 		return err
 	}
-	if o.OIDC != nil {
-		if err := o.OIDC.Validate(); err != nil {
-			return err
-		}
+	if err := o.validateNames(); err != nil {
+		return err
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("`h8s up` makes namespaces, links and cgroups: run it as root")
@@ -122,6 +124,25 @@ func Up(ctx context.Context, o UpOptions) error {
 	return nil
 }
 
+// validateNames says what is wrong with how people of identity providers are named, if
+// anything: nobody's name may be another's.
+func (o UpOptions) validateNames() error {
+	prefix := identity.Prefix(identity.DefaultPrefix)
+	if o.KeystonePrefix != "" {
+		if !o.Keystone {
+			return errors.New("--keystone-prefix is of the names that Keystone gives: say --keystone, too, or leave it out")
+		}
+		var err error
+		if prefix, err = identity.ParsePrefix(o.KeystonePrefix); err != nil {
+			return fmt.Errorf("--keystone-prefix: %w", err)
+		}
+	}
+	if o.OIDC == nil {
+		return nil
+	}
+	return o.OIDC.Validate(prefix)
+}
+
 // honours says which of the options contradict what an existing cluster is.
 func (c *Config) honours(o UpOptions, was installed) error {
 	binDir, err := resolvePath(o.BinDir)
@@ -146,6 +167,8 @@ func (c *Config) honours(o UpOptions, was installed) error {
 		return refuse(fmt.Sprintf("runs the programs in %s, not those in %s,", c.BinDir, binDir), "say --bin-dir "+c.BinDir)
 	case o.Keystone && !c.Keystone:
 		return refuse("has no Keystone", "leave --keystone out")
+	case o.KeystonePrefix != "" && identity.Prefix(o.KeystonePrefix) != c.keystonePrefix():
+		return refuse(fmt.Sprintf("has a Keystone whose names begin with %s", c.keystonePrefix()), "leave --keystone-prefix out")
 	case c.Keystone && !o.Product:
 		return refuse("has a Keystone", "leave --no-product out")
 	case was.Product && !o.Product:
@@ -254,7 +277,7 @@ func createConfig(ctx context.Context, o UpOptions) (*Config, error) {
 		return nil, err
 	}
 	c.OIDC = o.OIDC
-	c.Keystone = o.Keystone
+	c.Keystone, c.KeystonePrefix = o.Keystone, identity.Prefix(o.KeystonePrefix)
 	if err := c.save(); err != nil {
 		return nil, fmt.Errorf("save the cluster's configuration: %w", err)
 	}

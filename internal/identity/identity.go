@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 )
@@ -64,12 +65,20 @@ type Prefix string
 // The last character ends the prefix: no prefix begins another that way.
 var prefixRE = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?:$`)
 
-// ParsePrefix says what is wrong with a prefix, if anything.
+// Reserved are the prefixes of names that Kubernetes or Hypernetes itself gives, and
+// that no authenticator of people may have. The chart's schema has the same list.
+func Reserved() []Prefix { return []Prefix{"system:", "kubernetes:", "h8s:"} }
+
+// Begins says whether the name of a user or group is one of the prefix's.
+func (p Prefix) Begins(name string) bool { return strings.HasPrefix(name, string(p)) }
+
+// ParsePrefix says what is wrong with a prefix of an authenticator's names, Keystone's
+// or another's, if anything. Two different ones never make the same name.
 func ParsePrefix(s string) (Prefix, error) {
 	switch {
 	case !prefixRE.MatchString(s):
 		return "", fmt.Errorf("prefix %q: it must be lower-case letters, digits and '-' with a ':' at the end, such as %q", s, DefaultPrefix)
-	case s == "system:" || s == "kubernetes:" || s == "h8s:":
+	case slices.Contains(Reserved(), Prefix(s)):
 		return "", fmt.Errorf("prefix %q: names that begin so are Kubernetes' or ours: choose another, such as %q", s, DefaultPrefix)
 	}
 	return Prefix(s), nil

@@ -30,6 +30,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	"h8s.io/hypernetes/internal/cluster"
+	"h8s.io/hypernetes/internal/identity"
 )
 
 const (
@@ -250,7 +251,7 @@ func TestOIDC(t *testing.T) {
 	ctx := t.Context()
 	provider := newDex(t)
 	trust := cluster.OIDC{IssuerURL: provider.issuer, ClientID: clientID, CA: provider.ca, UsernameClaim: "email", GroupsClaim: "groups", Prefix: "oidc:"}
-	if err := trust.Validate(); err != nil {
+	if err := trust.Validate(identity.DefaultPrefix); err != nil {
 		t.Fatal(err)
 	}
 	rendered, err := trust.AuthenticationConfiguration()

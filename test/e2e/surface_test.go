@@ -168,7 +168,7 @@ func TestKubeconfig(t *testing.T) {
 	for want, args := range map[string][]string{
 		`there is no User "nobody"`:     {"--user", "nobody"},
 		`the User "dave" is disabled`:   {"--user", "dave"},
-		"are Kubernetes' own":           {"--user", "carol", "--group", "system:masters"},
+		"not an operator's to give":     {"--user", "carol", "--group", "system:masters"},
 		"--group needs --user":          {"--group", "sales"},
 		`"nobody"; ` + "`h8s up --name": {"--name", "nobody"},
 	} {
