@@ -12,6 +12,8 @@ import (
 	"time"
 )
 
+const clientID = "h8s" // of the issuer
+
 // issuer is an OpenID Connect provider that does what a real one does too seldom, or
 // never when it is asked to. It gives each refresh token once only.
 type issuer struct {

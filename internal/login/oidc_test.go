@@ -1,16 +1,10 @@
 package login
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"net"
-	"net/http"
-	"net/http/cookiejar"
-	"net/url"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,26 +15,18 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/net/html"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/util/cert"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	"h8s.io/hypernetes/internal/cluster"
+	"h8s.io/hypernetes/internal/dex"
 	"h8s.io/hypernetes/internal/identity"
 )
 
-const (
-	patience = 30 * time.Second
-	clientID = "h8s"
-	email    = "ann@example.com"
-	password = "password"
-	// bcrypt of it.
-	passwordHash = "$2a$10$2b2cU8CPhOTaGrs1HRQuAueS7JTT5ZHsHSzYiFPm1leZck7Mc8T4W"
-)
+const patience = 30 * time.Second
 
 func binDir(t *testing.T) string {
 	t.Helper()
@@ -73,91 +59,34 @@ func eventually(t *testing.T, check func() error) {
 	}
 }
 
-// dex is a real OpenID Connect provider, on loopback.
-type dex struct {
-	address, issuer, ca string
-	dir                 string
-	cmd                 *exec.Cmd
-	log                 bytes.Buffer
-}
-
-func newDex(t *testing.T) *dex {
+func newDex(t *testing.T) *dex.Provider {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := listener.Addr().String()
+	address := netip.MustParseAddrPort(listener.Addr().String())
 	listener.Close()
-	ca, key, err := cert.GenerateSelfSignedCertKey("127.0.0.1", []net.IP{net.IPv4(127, 0, 0, 1)}, nil)
+	p, err := dex.New(filepath.Join(binDir(t), "dex"), t.TempDir(), address)
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &dex{address: address, issuer: "https://" + address + "/dex", ca: string(ca), dir: t.TempDir()}
-	for name, data := range map[string][]byte{"tls.crt": ca, "tls.key": key} {
-		if err := os.WriteFile(filepath.Join(d.dir, name), data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return d
-}
-
-// start starts it with its memory in a part of the etcd.
-func (d *dex) start(t *testing.T, etcd, namespace string) {
-	t.Helper()
-	config, err := json.Marshal(map[string]any{
-		"issuer": d.issuer, "listen": d.address, "tlsCert": filepath.Join(d.dir, "tls.crt"), "tlsKey": filepath.Join(d.dir, "tls.key"),
-		"clientID": clientID, "idTokens": "10m", "etcd": etcd, "namespace": namespace,
-		"passwords": []map[string]any{{
-			"email": email, "hash": []byte(passwordHash), "username": "ann", "userID": "08a8684b", "groups": []string{"team-a", "system:masters"},
-		}},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(d.dir, "config.json")
-	if err := os.WriteFile(path, config, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	d.cmd = exec.Command(filepath.Join(binDir(t), "dex"), "--config", path)
-	d.cmd.Stdout, d.cmd.Stderr = &d.log, &d.log
-	if err := d.cmd.Start(); err != nil {
-		t.Fatalf("start Dex (`make upstream` builds it): %v", err)
-	}
-	browser, err := httpClient(d.ca)
-	if err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, func() error {
-		response, err := browser.Get(d.issuer + "/.well-known/openid-configuration")
-		if err != nil {
-			return err
-		}
-		defer response.Body.Close()
-		if response.StatusCode != http.StatusOK {
-			return errors.New(response.Status)
-		}
-		return nil
-	})
-}
-
-func (d *dex) stop() {
-	_ = d.cmd.Process.Kill()
-	_ = d.cmd.Wait()
+	t.Cleanup(p.Stop)
+	return p
 }
 
 // browser is a person who opens what `h8s login` says and fills in the forms.
 type browser struct {
-	ca   string
-	told string
+	provider *dex.Provider
+	told     string
 	// failed ends the login, which would wait for an approval that does not come.
 	failed context.CancelCauseFunc
 }
 
 // browse is a browser, and a context for what waits for it.
-func browse(ctx context.Context, ca string) (context.Context, *browser) {
+func browse(ctx context.Context, provider *dex.Provider) (context.Context, *browser) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	return ctx, &browser{ca: ca, failed: cancel}
+	return ctx, &browser{provider: provider, failed: cancel}
 }
 
 func (b *browser) Ask(context.Context, string, bool) (string, error) {
@@ -167,82 +96,10 @@ func (b *browser) Ask(context.Context, string, bool) (string, error) {
 func (b *browser) Tell(message string) {
 	b.told = message
 	go func() {
-		if err := b.approve(regexp.MustCompile(`https://\S+`).FindString(message)); err != nil {
+		if err := b.provider.Approve(context.Background(), regexp.MustCompile(`https://\S+`).FindString(message)); err != nil {
 			b.failed(err)
 		}
 	}()
-}
-
-func (b *browser) approve(address string) error {
-	client, err := httpClient(b.ca)
-	if err != nil {
-		return err
-	}
-	if client.Jar, err = cookiejar.New(nil); err != nil {
-		return err
-	}
-	response, err := client.Get(address)
-	for page := 0; page < 8; page++ {
-		if err != nil {
-			return err
-		}
-		body, err2 := io.ReadAll(response.Body)
-		response.Body.Close()
-		if err2 != nil {
-			return err2
-		}
-		if response.StatusCode != http.StatusOK {
-			return fmt.Errorf("%s says %s: %s", response.Request.URL, response.Status, body)
-		}
-		action, fields, err2 := form(body)
-		if err2 != nil {
-			return err2
-		}
-		if fields == nil {
-			return nil // the last page says that it is done
-		}
-		if _, ok := fields["login"]; ok {
-			fields.Set("login", email)
-			fields.Set("password", password)
-		}
-		target, err2 := response.Request.URL.Parse(action)
-		if err2 != nil {
-			return err2
-		}
-		response, err = client.PostForm(target.String(), fields)
-	}
-	return errors.New("the provider asks on and on")
-}
-
-// form is the first form of an HTML page, as it would be sent.
-func form(page []byte) (action string, fields url.Values, err error) {
-	root, err := html.Parse(bytes.NewReader(page))
-	if err != nil {
-		return "", nil, err
-	}
-	attribute := func(n *html.Node, key string) string {
-		for _, a := range n.Attr {
-			if a.Key == key {
-				return a.Val
-			}
-		}
-		return ""
-	}
-	var found *html.Node
-	for n := range root.Descendants() {
-		switch {
-		case n.Type != html.ElementNode:
-		case n.Data == "form" && found == nil:
-			found, action, fields = n, attribute(n, "action"), url.Values{}
-		case n.Data == "input" && found != nil && isIn(n, found) && attribute(n, "type") != "checkbox":
-			fields.Set(attribute(n, "name"), attribute(n, "value"))
-		}
-	}
-	return action, fields, nil
-}
-
-func isIn(n, ancestor *html.Node) bool {
-	return slices.Contains(slices.Collect(n.Ancestors()), ancestor)
 }
 
 // TestOIDC logs in with the device flow of a real provider, to a real API server with
@@ -250,7 +107,7 @@ func isIn(n, ancestor *html.Node) bool {
 func TestOIDC(t *testing.T) {
 	ctx := t.Context()
 	provider := newDex(t)
-	trust := cluster.OIDC{IssuerURL: provider.issuer, ClientID: clientID, CA: provider.ca, UsernameClaim: "email", GroupsClaim: "groups", Prefix: "oidc:"}
+	trust := cluster.OIDC{IssuerURL: provider.Issuer, ClientID: dex.ClientID, CA: provider.CA, UsernameClaim: "email", GroupsClaim: "groups", Prefix: "oidc:"}
 	if err := trust.Validate(identity.DefaultPrefix); err != nil {
 		t.Fatal(err)
 	}
@@ -274,16 +131,21 @@ func TestOIDC(t *testing.T) {
 		}
 	})
 	etcd := env.ControlPlane.Etcd.URL.String()
-	provider.start(t, etcd, "first/")
-	t.Cleanup(provider.stop)
+	start := func(namespace string) {
+		t.Helper()
+		if err := provider.Start(ctx, etcd, namespace); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start("first/")
 
 	home := t.TempDir()
 	cache := Cache(filepath.Join(home, "h8s", "sessions"))
 	session := Session{
 		Cluster: Cluster{Server: config.Host, CA: string(config.CAData)},
-		OIDC:    &OIDC{Issuer: provider.issuer, ClientID: clientID, CA: provider.ca, Scopes: []string{"email", "groups"}},
+		OIDC:    &OIDC{Issuer: provider.Issuer, ClientID: dex.ClientID, CA: provider.CA, Scopes: []string{"email", "groups"}},
 	}
-	waits, person := browse(ctx, provider.ca)
+	waits, person := browse(ctx, provider)
 	if err := cache.Login(waits, "ann/dex", &session, person); err != nil {
 		t.Fatalf("%v (%v); told: %q", err, context.Cause(waits), person.told)
 	}
@@ -319,19 +181,19 @@ func TestOIDC(t *testing.T) {
 	checkWhoAmI(t, config, renewed[0])
 
 	// The provider is gone: what is left of the token is used.
-	provider.stop()
+	provider.Stop()
 	age(t, cache, "ann/dex", time.Hour)
 	if token() != renewed[0] {
 		t.Error("another token, and the provider is down")
 	}
 	// It is back and knows nothing of the refresh token; the token's end has come.
-	provider.start(t, etcd, "second/")
+	start("second/")
 	age(t, cache, "ann/dex", 24*time.Hour)
 	if got, err := cache.Credential(ctx, "ann/dex", session.Cluster, nil); err == nil || !errors.Is(err, ErrPersonNeeded) || !strings.Contains(err.Error(), "run `h8s login`") {
 		t.Errorf("credential %v, error %v; want one sentence about `h8s login`", got, err)
 	}
 	// With a terminal, kubectl's plugin asks.
-	waits, person = browse(ctx, provider.ca)
+	waits, person = browse(ctx, provider)
 	if got, err := cache.Credential(waits, "ann/dex", session.Cluster, person); err != nil || got.Token == "" {
 		t.Errorf("with somebody to ask: %v (%v)", err, context.Cause(waits))
 	}
@@ -364,8 +226,8 @@ func checkWhoAmI(t *testing.T, admin *rest.Config, token string) {
 		}
 		user := review.Status.UserInfo
 		slices.Sort(user.Groups)
-		if want := []string{"oidc:system:masters", "oidc:team-a", "system:authenticated"}; user.Username != "oidc:"+email || !slices.Equal(user.Groups, want) {
-			t.Errorf("the cluster takes the holder for %q in %q, want %q in %q", user.Username, user.Groups, "oidc:"+email, want)
+		if want := []string{"oidc:system:masters", "oidc:team-a", "system:authenticated"}; user.Username != "oidc:"+dex.Email || !slices.Equal(user.Groups, want) {
+			t.Errorf("the cluster takes the holder for %q in %q, want %q in %q", user.Username, user.Groups, "oidc:"+dex.Email, want)
 		}
 		return nil
 	})
@@ -384,7 +246,7 @@ func checkKubectl(t *testing.T, admin *rest.Config, home, session string) {
 		cmd := exec.Command(filepath.Join(binDir(t), argv[0]), append(argv[1:], "--kubeconfig="+kubeconfig)...)
 		cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+home, "HOME="+home)
 		out, err := cmd.CombinedOutput()
-		if err != nil || !strings.Contains(string(out), "oidc:"+email) {
+		if err != nil || !strings.Contains(string(out), "oidc:"+dex.Email) {
 			t.Errorf("%v: %v\n%s", argv, err, out)
 		}
 	}
