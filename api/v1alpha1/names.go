@@ -49,6 +49,9 @@ const (
 	// ConditionConflict on a Network is True while its CIDRs overlap with
 	// something that a node or the cluster needs for itself.
 	ConditionConflict = "Conflict"
+	// ConditionSuspended on a Tenant is there while spec.suspended is set: True once
+	// no member has access any more, False while it is being taken away.
+	ConditionSuspended = "Suspended"
 	// ConditionDeleting says what a deletion waits for.
 	ConditionDeleting = "Deleting"
 )

@@ -14,6 +14,7 @@ import (
 // +kubebuilder:resource:scope=Cluster,shortName=tn
 // +kubebuilder:subresource:status
 // +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="Suspended",type=string,JSONPath=`.status.conditions[?(@.type=="Suspended")].status`
 // +kubebuilder:printcolumn:name="Network",type=string,JSONPath=`.status.network`
 // +kubebuilder:printcolumn:name="Namespaces",type=string,JSONPath=`.status.namespaces`
 // +kubebuilder:printcolumn:name="Sandbox",type=string,JSONPath=`.spec.sandbox.default`
@@ -55,7 +56,8 @@ type TenantSpec struct {
 	Quota TenantQuota `json:"quota,omitempty"`
 
 	// Suspended takes away every access that memberships give, as if the tenant had
-	// no members. Its workloads, volumes and networks stay as they are.
+	// no members, and refuses tokens of its ServiceAccounts that no pod holds. Its
+	// workloads, volumes and networks stay as they are, and pods keep their own tokens.
 	Suspended bool `json:"suspended,omitempty"`
 	// SuspendedBecause tells the members why. It says nothing while the Tenant is not suspended.
 	// +kubebuilder:validation:MaxLength=253
@@ -152,8 +154,9 @@ type TenantStatus struct {
 	Reservations []Reservation `json:"reservations,omitempty"`
 	// Quota is what quota.hard allows and how much of it is used.
 	Quota *TenantQuotaStatus `json:"quota,omitempty"`
-	// Conditions: Ready, MembersReady, NetworkReady, QuotaReady; Deleting while
-	// the Tenant goes away.
+	// Conditions: Ready, MembersReady, NetworkReady, QuotaReady; Suspended while
+	// access is taken away; Deleting while the Tenant goes away. Ready says that the
+	// spec is in force, and so is True of a Tenant that is suspended as the spec wants.
 	// +listType=map
 	// +listMapKey=type
 	Conditions []metav1.Condition `json:"conditions,omitempty"`

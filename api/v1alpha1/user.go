@@ -27,7 +27,7 @@ type UserSpec struct {
 	// +kubebuilder:validation:MaxLength=253
 	DisplayName string `json:"displayName,omitempty"`
 	// Disabled takes away every access that memberships give, at once, and the
-	// renewal of the User's certificate.
+	// renewal of the User's certificate. What comes by a group stays, but for lists by label.
 	Disabled bool `json:"disabled,omitempty"`
 }
 

@@ -311,6 +311,9 @@ func printIdentity(out io.Writer, id *login.Identity) error {
 	if len(id.Tenants) == 0 {
 		fmt.Fprintln(w, "tenants\tnone")
 	}
+	if id.Note != "" {
+		fmt.Fprintf(w, "note\t%s\n", id.Note)
+	}
 	for _, t := range id.Tenants {
 		roles := make([]string, len(t.Roles))
 		for i, r := range t.Roles {

@@ -100,7 +100,7 @@ func mineSelector(tenants []string, all bool, also string) (string, error) {
 	case len(tenants) > 0:
 		selector = fmt.Sprintf("%s in (%s)", v1alpha1.LabelTenant, strings.Join(tenants, ","))
 	default:
-		return "", errors.New("you are a member of no tenant: ask an operator to be listed in a Tenant's spec.members")
+		return "", errors.New("you are a member of no tenant, or of suspended ones only (`h8s whoami` tells): ask an operator to be listed in a Tenant's spec.members")
 	}
 	if also != "" {
 		selector += "," + also

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	logf "sigs.k8s.io/controller-runtime/pkg/log"
@@ -24,14 +25,19 @@ const (
 	authorizeDeadline = 500 * time.Millisecond
 	// maxReview is more than a review of a user with thousands of groups has.
 	maxReview = 1 << 20
+	// extraPodName is in the extra of who has a token that is bound to a pod.
+	extraPodName = "authentication.kubernetes.io/pod-name"
 )
 
 // authorizer lets members list and watch what carries the label of their tenant:
 // namespaces, Networks and the Tenant itself. RBAC cannot say so, it knows names only.
 //
-// It is a webhook authorizer (authorization.k8s.io/v1) and has an opinion only where
-// it allows. Whatever else somebody may do, RBAC says, with or without it. Selectors
-// come parsed, by KEP-4601; a selector that was not understood does not come at all.
+// And it refuses everything to tokens of a suspended tenant's ServiceAccounts that no pod
+// holds: the tenant's own RoleBindings stay, because its pods go on by them.
+//
+// It is a webhook authorizer (authorization.k8s.io/v1). Whatever else somebody may do, RBAC
+// says, with or without it. Selectors come parsed, by KEP-4601; a selector that was not
+// understood does not come at all.
 type authorizer struct {
 	// reader reads from the caches.
 	reader client.Reader
@@ -66,9 +72,15 @@ func (a *authorizer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// decide has no opinion unless it allows, and says then how to ask.
+// decide denies to a suspended tenant's machines outside of pods, allows lists by label
+// to members, and has no opinion else, but says how to ask.
 func (a *authorizer) decide(ctx context.Context, spec *authorizationv1.SubjectAccessReviewSpec) (authorizationv1.SubjectAccessReviewStatus, error) {
 	var none authorizationv1.SubjectAccessReviewStatus
+	if t, err := a.suspended(ctx, spec); err != nil {
+		return none, err
+	} else if t != nil {
+		return authorizationv1.SubjectAccessReviewStatus{Denied: true, Reason: tenancy.Suspension(t)}, nil
+	}
 	if !selectable(spec.ResourceAttributes) {
 		return none, nil
 	}
@@ -87,6 +99,39 @@ func (a *authorizer) decide(ctx context.Context, spec *authorizationv1.SubjectAc
 	}
 	hint, err := a.hint(ctx, who)
 	return authorizationv1.SubjectAccessReviewStatus{Reason: hint}, err
+}
+
+// suspended is the Tenant, if it is suspended, of the ServiceAccount that asks with a token
+// that no pod holds; nil otherwise. The API server itself says which pod a token is bound to
+// and that this pod exists (KEP-1205); nobody who asks can.
+func (a *authorizer) suspended(ctx context.Context, spec *authorizationv1.SubjectAccessReviewSpec) (*v1alpha1.Tenant, error) {
+	namespace, _, ok := tenancy.SplitServiceAccountUser(spec.User)
+	if !ok || len(spec.Extra[extraPodName]) > 0 {
+		return nil, nil
+	}
+	var ns corev1.Namespace
+	if err := a.reader.Get(ctx, client.ObjectKey{Name: namespace}, &ns); err != nil {
+		return nil, ignoreNotFound("the namespace", err)
+	}
+	name := ns.Labels[v1alpha1.LabelTenant]
+	if name == "" {
+		return nil, nil
+	}
+	var t v1alpha1.Tenant
+	if err := a.reader.Get(ctx, client.ObjectKey{Name: name}, &t); err != nil {
+		return nil, ignoreNotFound("the Tenant", err)
+	}
+	if !t.Spec.Suspended {
+		return nil, nil
+	}
+	return &t, nil
+}
+
+func ignoreNotFound(what string, err error) error {
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	return fmt.Errorf("get %s: %w", what, err)
 }
 
 // selectable says whether the request is for a list, or a watch of it, of which
@@ -128,25 +173,30 @@ func (a *authorizer) isMember(ctx context.Context, who tenancy.Requester, tenant
 	return who.IsMember(&t), nil
 }
 
-// hint says to a member which selectors are allowed. It ends up in the API server's refusal.
+// hint says to a member which selectors are allowed, and of which tenants none is any
+// more. It ends up in the API server's refusal.
 func (a *authorizer) hint(ctx context.Context, who tenancy.Requester) (string, error) {
 	var list v1alpha1.TenantList
 	if err := a.reader.List(ctx, &list, client.UnsafeDisableDeepCopy); err != nil {
 		return "", fmt.Errorf("list Tenants: %w", err)
 	}
-	var own []string
+	var own, hints []string
 	for i := range list.Items {
-		if who.IsMember(&list.Items[i]) {
-			own = append(own, list.Items[i].Name)
+		switch t := &list.Items[i]; {
+		case who.IsMember(t):
+			own = append(own, t.Name)
+		case who.IsLockedOut(t):
+			hints = append(hints, tenancy.Suspension(t))
 		}
 	}
-	if len(own) == 0 {
-		return "", nil
-	}
 	slices.Sort(own)
-	selector := v1alpha1.LabelTenant + "=" + own[0]
-	if len(own) > 1 {
-		selector = fmt.Sprintf("%s in (%s)", v1alpha1.LabelTenant, strings.Join(own, ","))
+	slices.Sort(hints)
+	switch len(own) {
+	case 0:
+	case 1:
+		hints = append(hints, fmt.Sprintf("those of your tenants you may list, with -l '%s=%s'", v1alpha1.LabelTenant, own[0]))
+	default:
+		hints = append(hints, fmt.Sprintf("those of your tenants you may list, with -l '%s in (%s)'", v1alpha1.LabelTenant, strings.Join(own, ",")))
 	}
-	return fmt.Sprintf("those of your tenants you may list, with -l '%s'", selector), nil
+	return strings.Join(hints, "; "), nil
 }

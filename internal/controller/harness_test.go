@@ -187,7 +187,7 @@ func startControllerManager(ctx context.Context, bin string) (func() error, erro
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "kube-controller-manager"),
 		"--cluster-signing-cert-file="+signing+".crt", "--cluster-signing-key-file="+signing+".key",
 		"--kubeconfig="+path, "--leader-elect=false", "--secure-port=0", "--use-service-account-credentials",
-		"--controllers=clusterrole-aggregation-controller,namespace-controller,serviceaccount-controller,deployment-controller,replicaset-controller,endpointslice-controller,resourcequota-controller,garbage-collector-controller,serviceaccount-token-controller,certificatesigningrequest-signing-controller",
+		"--controllers=clusterrole-aggregation-controller,namespace-controller,serviceaccount-controller,deployment-controller,replicaset-controller,endpointslice-controller,resourcequota-controller,garbage-collector-controller,serviceaccount-token-controller,certificatesigningrequest-signing-controller,persistentvolumeclaim-protection-controller",
 		"--service-account-private-key-file="+filepath.Join(cluster.env.ControlPlane.GetAPIServer().CertDir, "sa-signer.key"))
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {
@@ -278,7 +278,10 @@ func redirect(obj *unstructured.Unstructured, hooks *envtest.WebhookInstallOptio
 
 func startManager(ctx context.Context, admin *rest.Config, hooks *envtest.WebhookInstallOptions) (func() error, error) {
 	config := rest.CopyConfig(admin)
-	config.Impersonate = rest.ImpersonationConfig{UserName: controllerUser, Groups: []string{"system:serviceaccounts", "system:serviceaccounts:" + release, "system:authenticated"}}
+	config.Impersonate = rest.ImpersonationConfig{
+		UserName: controllerUser, Groups: []string{"system:serviceaccounts", "system:serviceaccounts:" + release, "system:authenticated"},
+		Extra: map[string][]string{extraPodName: {"h8s-controller"}},
+	}
 	mgr, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme:        cluster.scheme,
 		Cache:         CacheOptions(),

@@ -29,6 +29,9 @@ import (
 	"h8s.io/hypernetes/internal/tenancy"
 )
 
+// reasonSuspended is the reason of a suspended Tenant's conditions.
+const reasonSuspended = "Suspended"
+
 // tenantReconciler makes what a Tenant has outside its namespaces, sums up what
 // the other reconcilers have done, and takes everything away in the right order.
 type tenantReconciler struct {
@@ -115,6 +118,9 @@ func (r *tenantReconciler) ensure(ctx context.Context, t *v1alpha1.Tenant) error
 	t.Status.Network = tenancy.DefaultNetwork(t)
 	t.Status.Namespaces = names(namespaces.Items, namespaceName)
 	ready := condition{v1alpha1.ConditionReady, true, "Ready", "members, network and quota are in place"}
+	if t.Spec.Suspended {
+		ready.reason, ready.message = reasonSuspended, "the Tenant is suspended, as its spec wants; network and quota are in place"
+	}
 	for _, part := range []condition{membersReady, networkReady, quotaReady} {
 		if !part.ok {
 			ready = condition{v1alpha1.ConditionReady, false, part.reason, part.message}
@@ -122,6 +128,7 @@ func (r *tenantReconciler) ensure(ctx context.Context, t *v1alpha1.Tenant) error
 		}
 	}
 	setConditions(&t.Status.Conditions, t.Generation, membersReady, networkReady, quotaReady, ready)
+	setSuspended(t, membersReady)
 	if err := r.patchStatus(ctx, t, before); err != nil {
 		return fmt.Errorf("write the status: %w", err)
 	}
@@ -238,7 +245,27 @@ func (r *tenantReconciler) membersReady(ctx context.Context, t *v1alpha1.Tenant,
 	if len(waiting) > 0 {
 		return condition{v1alpha1.ConditionMembersReady, false, "Binding", "RoleBindings are being brought in step in the namespaces " + some(waiting)}, nil
 	}
+	if t.Spec.Suspended {
+		return condition{v1alpha1.ConditionMembersReady, true, reasonSuspended, fmt.Sprintf("none of %d members is bound: the Tenant is suspended", len(t.Spec.Members))}, nil
+	}
 	return condition{v1alpha1.ConditionMembersReady, true, "MembersBound", fmt.Sprintf("%d members are bound in %d namespaces", len(t.Spec.Members), len(namespaces))}, nil
+}
+
+// setSuspended says of a suspended Tenant whether access has gone, and what stays.
+func setSuspended(t *v1alpha1.Tenant, membersReady condition) {
+	if !t.Spec.Suspended {
+		apimeta.RemoveStatusCondition(&t.Status.Conditions, v1alpha1.ConditionSuspended)
+		return
+	}
+	c := condition{v1alpha1.ConditionSuspended, membersReady.ok, "Suspending", "access is being taken away: " + membersReady.message}
+	if c.ok {
+		c.reason = reasonSuspended
+		c.message = "no member has access, and tokens of the tenant's ServiceAccounts are refused where no pod holds them; pods go on with theirs, volumes, Networks and quota stay; set spec.suspended to false to give it back"
+		if why := t.Spec.SuspendedBecause; why != "" {
+			c.message = why + ": " + c.message
+		}
+	}
+	setConditions(&t.Status.Conditions, t.Generation, c)
 }
 
 // quotaReady puts the quota into force and says whether the tenant keeps within it. If
@@ -290,6 +317,9 @@ func (r *tenantReconciler) finalize(ctx context.Context, t *v1alpha1.Tenant) err
 		}
 	}
 	if len(namespaces.Items) > 0 {
+		if err := r.ensureMemberships(ctx, t, names(namespaces.Items, namespaceName)); err != nil {
+			return err
+		}
 		return r.waitFor(ctx, t, "Namespaces", "waits for the namespaces "+some(names(namespaces.Items, namespaceName))+" to go")
 	}
 
@@ -304,6 +334,9 @@ func (r *tenantReconciler) finalize(ctx context.Context, t *v1alpha1.Tenant) err
 		}
 	}
 	if len(own) > 0 {
+		if err := r.ensureMemberships(ctx, t, nil); err != nil {
+			return err
+		}
 		return r.waitFor(ctx, t, "Networks", "waits for the Networks "+some(names(own, func(n *v1alpha1.Network) string { return n.Name }))+" to go; their own conditions say what each waits for")
 	}
 
@@ -321,6 +354,16 @@ func (r *tenantReconciler) finalize(ctx context.Context, t *v1alpha1.Tenant) err
 		return err
 	}
 	return r.release(ctx, t)
+}
+
+// ensureMemberships: who is removed, disabled or suspended while a deletion waits sees
+// no more of it. What there was in namespaces has gone with the deletion of each.
+func (r *tenantReconciler) ensureMemberships(ctx context.Context, t *v1alpha1.Tenant, namespaces []string) error {
+	disabled, err := r.disabled(ctx)
+	if err != nil {
+		return err
+	}
+	return r.ensureRoles(ctx, t, namespaces, disabled)
 }
 
 func (r *tenantReconciler) waitFor(ctx context.Context, t *v1alpha1.Tenant, what, message string) error {

@@ -63,7 +63,7 @@ func (r *userReconciler) Reconcile(ctx context.Context, req reconcile.Request) (
 	u.Status.Tenants = tenancy.TenantsOf(tenants.Items, u.Name)
 	ready := condition{v1alpha1.ConditionReady, true, "Active", "memberships of this User are in force, and its certificate is renewed"}
 	if u.Spec.Disabled {
-		ready = condition{v1alpha1.ConditionReady, false, "Disabled", "memberships of this User are suspended, and its certificate is not renewed; tokens of ServiceAccounts that it made stay: set spec.disabled to false to restore the User"}
+		ready = condition{v1alpha1.ConditionReady, false, "Disabled", "memberships of this User count for nothing, and its certificate is not renewed; what it has by a group stays until the identity provider takes it away, and tokens of ServiceAccounts that it made stay; set spec.disabled to false to restore the User"}
 	}
 	setConditions(&u.Status.Conditions, u.Generation, ready)
 	return outcome(r.patchStatus(ctx, &u, before))

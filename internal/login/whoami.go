@@ -24,6 +24,9 @@ type Identity struct {
 	Extra  map[string][]string `json:"extra,omitempty"`
 	// Tenants that list the user, or a group of the user's, sorted by name.
 	Tenants []Membership `json:"tenants"`
+	// Note is what the cluster says to one who has no tenants, if it says anything: that
+	// a tenant is suspended, for example.
+	Note string `json:"note,omitempty"`
 }
 
 // Membership is one tenant's view of the user.
@@ -86,7 +89,26 @@ func WhoAmI(ctx context.Context, c client.Client) (*Identity, error) {
 		}
 		id.Tenants = append(id.Tenants, m)
 	}
+	if len(id.Tenants) == 0 {
+		if id.Note, err = refusal(ctx, c); err != nil {
+			return nil, err
+		}
+	}
 	return id, nil
+}
+
+// refusal is the reason why one may not list all Tenants; empty for who may.
+func refusal(ctx context.Context, c client.Client) (string, error) {
+	review := &authorizationv1.SelfSubjectAccessReview{Spec: authorizationv1.SelfSubjectAccessReviewSpec{
+		ResourceAttributes: &authorizationv1.ResourceAttributes{Group: v1alpha1.GroupVersion.Group, Version: v1alpha1.GroupVersion.Version, Resource: "tenants", Verb: "list"},
+	}}
+	if err := c.Create(ctx, review); err != nil {
+		return "", fmt.Errorf("ask the cluster why you have no tenants: %w", err)
+	}
+	if review.Status.Allowed {
+		return "", nil
+	}
+	return review.Status.Reason, nil
 }
 
 func rulesIn(ctx context.Context, c client.Client, namespace string) (*authorizationv1.SubjectRulesReviewStatus, error) {

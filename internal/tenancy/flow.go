@@ -39,10 +39,11 @@ func FlowSchemaNames(tenant string) []string {
 // one flow in each level (API Priority and Fairness, KEP-1040); none if there is
 // nobody. They do not tell users apart: a tenant makes as many ServiceAccounts as
 // it likes, and would get as many shares. Who is in several tenants counts in the
-// first by name.
+// first by name. A suspended tenant keeps its flow: what is refused to its people
+// takes the tenant's share, not everybody's.
 func FlowSchemas(t *v1alpha1.Tenant, namespaces []string, disabled Disabled) []flowcontrolv1.FlowSchema {
 	var who []flowcontrolv1.Subject
-	for _, s := range subjects(t, disabled, v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit, v1alpha1.RoleView) {
+	for _, s := range subjects(t.Spec.Members, disabled, v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit, v1alpha1.RoleView) {
 		if s.Name == flowcontrolv1.NameAll {
 			continue // a wildcard here, a mere name for RBAC; earlier versions took such members
 		}

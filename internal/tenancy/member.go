@@ -4,7 +4,9 @@
 package tenancy
 
 import (
+	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -40,8 +42,25 @@ func (r Requester) Is(m v1alpha1.Member) bool {
 	return false
 }
 
+// Members are those whose membership is in force: all, or nobody while the Tenant is
+// suspended.
+func Members(t *v1alpha1.Tenant) []v1alpha1.Member {
+	if t.Spec.Suspended {
+		return nil
+	}
+	return t.Spec.Members
+}
+
+// Suspension is what a member is told of a suspended Tenant.
+func Suspension(t *v1alpha1.Tenant) string {
+	if t.Spec.SuspendedBecause == "" {
+		return fmt.Sprintf("the Tenant %q is suspended: ask an operator", t.Name)
+	}
+	return fmt.Sprintf("the Tenant %q is suspended: %s", t.Name, t.Spec.SuspendedBecause)
+}
+
 // mayCreateNamespaces says whether the requester has, by any membership, a role
-// that creates namespaces.
+// that creates namespaces, were the Tenant not suspended.
 func (r Requester) mayCreateNamespaces(t *v1alpha1.Tenant) bool {
 	return slices.ContainsFunc(t.Spec.Members, func(m v1alpha1.Member) bool {
 		return r.Is(m) && createsNamespaces(m.Role)
@@ -50,17 +69,19 @@ func (r Requester) mayCreateNamespaces(t *v1alpha1.Tenant) bool {
 
 // ChooseTenant says in which of the tenants the requester makes a namespace.
 // Wanted is the tenant that the request names, or empty. Tenants that are being
-// deleted take no new namespaces. The error is a sentence for the requester; it
+// deleted or are suspended take no new namespaces. The error is a sentence for the requester; it
 // does not tell which other tenants exist.
 func ChooseTenant(tenants []v1alpha1.Tenant, who Requester, wanted string) (*v1alpha1.Tenant, error) {
 	var candidates []*v1alpha1.Tenant
-	var going string
+	closed := map[string]error{} // why, by name
 	for i := range tenants {
 		t := &tenants[i]
 		switch {
 		case !who.mayCreateNamespaces(t):
 		case t.DeletionTimestamp != nil:
-			going = t.Name
+			closed[t.Name] = fmt.Errorf("the Tenant %q is being deleted and takes no new namespaces", t.Name)
+		case t.Spec.Suspended:
+			closed[t.Name] = errors.New(Suspension(t))
 		default:
 			candidates = append(candidates, t)
 		}
@@ -71,8 +92,8 @@ func ChooseTenant(tenants []v1alpha1.Tenant, who Requester, wanted string) (*v1a
 				return t, nil
 			}
 		}
-		if going == wanted {
-			return nil, fmt.Errorf("the Tenant %q is being deleted and takes no new namespaces", wanted)
+		if refusal, ok := closed[wanted]; ok {
+			return nil, refusal
 		}
 		return nil, fmt.Errorf("%q is not an owner or admin of a Tenant %q: correct the label %s, or ask an operator to be listed in that Tenant's spec.members", who.Name, wanted, v1alpha1.LabelTenant)
 	}
@@ -86,8 +107,8 @@ func ChooseTenant(tenants []v1alpha1.Tenant, who Requester, wanted string) (*v1a
 		}
 		slices.Sort(names)
 		return nil, fmt.Errorf("%q may create namespaces in several Tenants (%s): say which one with the label %s", who.Name, strings.Join(names, ", "), v1alpha1.LabelTenant)
-	case going != "":
-		return nil, fmt.Errorf("the Tenant %q is being deleted and takes no new namespaces", going)
+	case len(closed) > 0:
+		return nil, closed[slices.Min(slices.Collect(maps.Keys(closed)))]
 	default:
 		return nil, fmt.Errorf("%q is not an owner or admin of any Tenant, so the namespace would belong to nobody: ask an operator to be listed in a Tenant's spec.members", who.Name)
 	}
@@ -134,12 +155,22 @@ func splitServiceAccount(name string) (namespace, account string, ok bool) {
 	return namespace, account, ok && namespace != "" && account != "" && !strings.Contains(account, ":")
 }
 
+// SplitServiceAccountUser splits the name by which the API server knows a ServiceAccount
+// as a user; ok is false for anybody else's.
+func SplitServiceAccountUser(user string) (namespace, account string, ok bool) {
+	name, ok := strings.CutPrefix(user, serviceAccountPrefix)
+	if !ok {
+		return "", "", false
+	}
+	return splitServiceAccount(name)
+}
+
 // Roles are what the tenant's members list gives the requester, by name, by group or as
-// ServiceAccount, the most powerful first.
+// ServiceAccount, the most powerful first; none while the Tenant is suspended.
 func (r Requester) Roles(t *v1alpha1.Tenant) []v1alpha1.Role {
 	var roles []v1alpha1.Role
 	for _, role := range []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit, v1alpha1.RoleView} {
-		if slices.ContainsFunc(t.Spec.Members, func(m v1alpha1.Member) bool { return m.Role == role && r.Is(m) }) {
+		if slices.ContainsFunc(Members(t), func(m v1alpha1.Member) bool { return m.Role == role && r.Is(m) }) {
 			roles = append(roles, role)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"h8s.io/hypernetes/api/v1alpha1"
@@ -48,7 +49,13 @@ func TestIs(t *testing.T) {
 func TestChooseTenant(t *testing.T) {
 	going := tenant("going", member("User", "gil", "owner"))
 	going.DeletionTimestamp = &metav1.Time{}
+	unpaid := tenant("unpaid", member("User", "sue", "owner"), member("User", "frank", "owner"), member("User", "vera", "view"))
+	unpaid.Spec.Suspended, unpaid.Spec.SuspendedBecause = true, "the bill of May"
+	quiet := tenant("quiet", member("User", "quinn", "owner"))
+	quiet.Spec.Suspended = true
 	tenants := []v1alpha1.Tenant{
+		unpaid, quiet,
+		tenant("free", member("User", "frank", "admin")),
 		tenant("globex", member("User", "bob", "owner"), member("User", "carol", "admin"), member("User", "dora", "view")),
 		tenant("acme", member("User", "alice", "owner"), member("User", "carol", "owner"), member("Group", "acme-admins", "admin"), member("User", "dora", "admin"), member("User", "eve", "edit")),
 		going,
@@ -74,6 +81,12 @@ func TestChooseTenant(t *testing.T) {
 		"being deleted":                    {Requester{Name: "gil"}, "", "", `"going" is being deleted`},
 		"being deleted, named":             {Requester{Name: "gil"}, "going", "", `"going" is being deleted`},
 		"another's that is being deleted":  {Requester{Name: "alice"}, "going", "", `not an owner or admin of a Tenant "going"`},
+		"suspended":                        {Requester{Name: "sue"}, "", "", `the Tenant "unpaid" is suspended: the bill of May`},
+		"suspended, named":                 {Requester{Name: "frank"}, "unpaid", "", `the Tenant "unpaid" is suspended: the bill of May`},
+		"suspended, no reason given":       {Requester{Name: "quinn"}, "", "", `the Tenant "quiet" is suspended: ask an operator`},
+		"one of two is suspended":          {Requester{Name: "frank"}, "", "free", ""},
+		"another's that is suspended":      {Requester{Name: "alice"}, "unpaid", "", `not an owner or admin of a Tenant "unpaid"`},
+		"a viewer of a suspended one":      {Requester{Name: "vera"}, "unpaid", "", `not an owner or admin of a Tenant "unpaid"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := ChooseTenant(tenants, tt.who, tt.wanted)
@@ -94,5 +107,46 @@ func TestTenantsOf(t *testing.T) {
 	tenants := []v1alpha1.Tenant{tenant("b", member("User", "alice", "view")), tenant("a", member("User", "alice", "owner")), tenant("c", member("Group", "alice", "owner"))}
 	if got := TenantsOf(tenants, "alice"); !slices.Equal(got, []string{"a", "b"}) {
 		t.Errorf("TenantsOf = %v", got)
+	}
+}
+
+// A suspended Tenant has members in name only.
+func TestSuspended(t *testing.T) {
+	acme := tenant("acme", member("User", "olga", "owner"), member("Group", "team", "view"), member("ServiceAccount", "ci:bot", "edit"))
+	for name, who := range map[string]Requester{
+		"user": {Name: "olga"}, "group": {Name: "x", Groups: []string{"team"}}, "service account": {Name: "system:serviceaccount:ci:bot"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, suspended := range []bool{false, true} {
+				acme.Spec.Suspended = suspended
+				if who.IsMember(&acme) == suspended || (len(who.Roles(&acme)) == 0) != suspended || who.IsLockedOut(&acme) != suspended {
+					t.Errorf("suspended %t: member %t, roles %v, locked out %t", suspended, who.IsMember(&acme), who.Roles(&acme), who.IsLockedOut(&acme))
+				}
+			}
+		})
+	}
+	if b, c := RoleBindings(&acme, "shop", nil), ClusterRoleBindings(&acme, nil); len(b)+len(c) > 0 {
+		t.Errorf("bindings %v, %v", b, c)
+	}
+	acme.Spec.Suspended = false
+	want := FlowSchemas(&acme, []string{"shop"}, nil)
+	acme.Spec.Suspended = true
+	if diff := cmp.Diff(want, FlowSchemas(&acme, []string{"shop"}, nil)); diff != "" {
+		t.Error("its requests count as somebody else's:", diff)
+	}
+	if stranger := (Requester{Name: "mallory"}); stranger.IsLockedOut(&acme) {
+		t.Error("one who was never a member is told")
+	}
+}
+
+func TestSplitServiceAccountUser(t *testing.T) {
+	for user, want := range map[string]string{
+		"system:serviceaccount:shop:web": "shop/web", "system:serviceaccount:shop": "", "system:serviceaccount::web": "", "system:serviceaccount:a:b:c": "",
+		"system:node:n1": "", "shop:web": "", "": "",
+	} {
+		namespace, account, ok := SplitServiceAccountUser(user)
+		if got := namespace + "/" + account; ok != (want != "") || ok && got != want {
+			t.Errorf("%q: %s, %t, want %q", user, got, ok, want)
+		}
 	}
 }

@@ -55,7 +55,7 @@ func RoleBindings(t *v1alpha1.Tenant, namespace string, disabled Disabled) []rba
 		{rolePodDebugger, rolePodDebugger, []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit}},
 		{BindingPrefix + "view", roleView, []v1alpha1.Role{v1alpha1.RoleView}},
 	} {
-		subjects := subjects(t, disabled, b.of...)
+		subjects := subjects(Members(t), disabled, b.of...)
 		if len(subjects) == 0 {
 			continue
 		}
@@ -105,7 +105,7 @@ func ClusterRoleBindings(t *v1alpha1.Tenant, disabled Disabled) []rbacv1.Cluster
 		{MemberRoleName(t.Name), MemberRoleName(t.Name), []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit, v1alpha1.RoleView}},
 		{CreatorBindingName(t.Name), roleTenantCreator, []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin}},
 	} {
-		subjects := subjects(t, disabled, b.of...)
+		subjects := subjects(Members(t), disabled, b.of...)
 		if len(subjects) == 0 {
 			continue
 		}
@@ -118,11 +118,11 @@ func ClusterRoleBindings(t *v1alpha1.Tenant, disabled Disabled) []rbacv1.Cluster
 	return bindings
 }
 
-// subjects are the members with one of the roles, sorted, so that equal
+// subjects are those of the members with one of the roles, sorted, so that equal
 // memberships make equal objects.
-func subjects(t *v1alpha1.Tenant, disabled Disabled, roles ...v1alpha1.Role) []rbacv1.Subject {
+func subjects(members []v1alpha1.Member, disabled Disabled, roles ...v1alpha1.Role) []rbacv1.Subject {
 	var out []rbacv1.Subject
-	for _, m := range t.Spec.Members {
+	for _, m := range members {
 		if !slices.Contains(roles, m.Role) {
 			continue
 		}

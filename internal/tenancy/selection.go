@@ -8,9 +8,14 @@ import (
 	"h8s.io/hypernetes/api/v1alpha1"
 )
 
-// IsMember says whether the requester is a member of the tenant, in any role.
+// IsMember says whether the requester has a membership of the tenant in force, in any role.
 func (r Requester) IsMember(t *v1alpha1.Tenant) bool {
-	return slices.ContainsFunc(t.Spec.Members, r.Is)
+	return slices.ContainsFunc(Members(t), r.Is)
+}
+
+// IsLockedOut says whether the requester would be a member, were the tenant not suspended.
+func (r Requester) IsLockedOut(t *v1alpha1.Tenant) bool {
+	return t.Spec.Suspended && slices.ContainsFunc(t.Spec.Members, r.Is)
 }
 
 // SelectsOnly says whether a selection that meets all the requirements (KEP-4601,

@@ -66,7 +66,7 @@ func TestKinds(t *testing.T) {
 		columns []string
 		fields  map[string]string // path → a part of what explain says
 	}{
-		"tenants": {"tn", []string{"NAME", "READY", "NETWORK", "NAMESPACES", "SANDBOX", "AGE"}, map[string]string{
+		"tenants": {"tn", []string{"NAME", "READY", "SUSPENDED", "NETWORK", "NAMESPACES", "SANDBOX", "AGE"}, map[string]string{
 			"":                       "unit of trust",
 			".spec.members":          "Members are the people and machines",
 			".spec.members.role":     "Role of the member",

@@ -39,6 +39,7 @@ func TestTenancy(t *testing.T) {
 	t.Run("Operator", func(t *testing.T) { testOperatorNamespace(t, acme) })
 	t.Run("Members", func(t *testing.T) { testMembers(t, acme, globex) })
 	t.Run("Disabled", func(t *testing.T) { testDisabledUser(t, acme) })
+	t.Run("Suspended", func(t *testing.T) { testSuspended(t, acme) })
 }
 
 // testNamespaceAdmin does what a person does in a namespace of her own.
@@ -753,7 +754,12 @@ func testMembers(t *testing.T, tn, other tenant) {
 // writeTokenKubeconfig gives user the credentials of a ServiceAccount, a token that maker may make.
 func writeTokenKubeconfig(t testing.TB, user, maker, namespace, account string) {
 	t.Helper()
-	token := strings.TrimSpace(kubectl(t, maker, "create", "token", account, "-n", namespace))
+	useToken(t, user, strings.TrimSpace(kubectl(t, maker, "create", "token", account, "-n", namespace)))
+}
+
+// useToken makes token the credentials of user.
+func useToken(t testing.TB, user, token string) {
+	t.Helper()
 	content, err := os.ReadFile(kubeconfigPath(admin))
 	if err != nil {
 		t.Fatal(err)
@@ -789,6 +795,64 @@ func testDisabledUser(t *testing.T, tn tenant) {
 		_, err := try(tn.owner, "get", "pods", "-n", tn.ns)
 		return err
 	})
+}
+
+// testSuspended: people and tokens from outside are out, the pod goes on with its own, and
+// all is as before afterwards.
+func testSuspended(t *testing.T, tn tenant) {
+	const outside, copied = "tenancy-outside", "tenancy-copied"
+	kubectl(t, tn.owner, "create", "rolebinding", "robot", "--clusterrole=view", "--serviceaccount="+tn.ns+":default", "-n", tn.ns)
+	defer func() { _, _ = try(admin, "delete", "rolebinding", "robot", "-n", tn.ns) }()
+	writeTokenKubeconfig(t, outside, tn.owner, tn.ns, "default")
+	token, err := tn.sh("web", "cat /var/run/secrets/kubernetes.io/serviceaccount/token")
+	if err != nil {
+		t.Fatal(err)
+	}
+	useToken(t, copied, strings.TrimSpace(token))
+	getPods := []string{"get", "pods", "-n", tn.ns}
+	for _, user := range []string{outside, copied} {
+		within(t, 10*time.Second, func() error { _, err := try(user, getPods...); return err })
+	}
+	pod := func() string {
+		return kubectl(t, admin, "get", "pod", "web", "-n", tn.ns, "-o", "jsonpath={.metadata.uid} {.status.podIP} {.status.containerStatuses[*].containerID}")
+	}
+	before := pod()
+	suspend := func(suspended bool) {
+		t.Helper()
+		kubectl(t, admin, "patch", "tenant", tn.name, "--type=merge", "-p", fmt.Sprintf(`{"spec":{"suspended":%t,"suspendedBecause":"the bill of May"}}`, suspended))
+	}
+	suspend(true)
+	defer suspend(false)
+	kubectl(t, admin, "wait", "--for=condition=Suspended", "tenant/"+tn.name, "--timeout=30s")
+	for _, asked := range []struct {
+		user, want string
+		args       []string
+	}{
+		{tn.owner, "Forbidden", getPods},
+		{tn.owner, "the bill of May", []string{"get", "namespaces", "-l", "h8s.io/tenant=" + tn.name}},
+		{outside, "the bill of May", getPods},
+	} {
+		within(t, 10*time.Second, func() error {
+			out, err := try(asked.user, asked.args...)
+			if err == nil || !strings.Contains(err.Error(), asked.want) {
+				return fmt.Errorf("of a suspended tenant, %s: kubectl %s: %s, %w, want %q", asked.user, strings.Join(asked.args, " "), out, err, asked.want)
+			}
+			return nil
+		})
+	}
+	if out, err := try(copied, getPods...); err != nil {
+		t.Errorf("the pod's own token: %s, %v", out, err)
+	}
+	if out, err := try(admin, "exec", "-n", tn.ns, "web", "--", "/agnhost", "connect", "--timeout=2s", strings.Fields(before)[1]+":8080"); err != nil {
+		t.Errorf("the pod does not answer: %s, %v", out, err)
+	}
+	if now := pod(); now != before {
+		t.Errorf("the pod was %s and is %s", before, now)
+	}
+	suspend(false)
+	for _, user := range []string{tn.owner, outside} {
+		within(t, 10*time.Second, func() error { _, err := try(user, getPods...); return err })
+	}
 }
 
 // TestTenantDeletion holds a deletion up and reads why, then looks for what is left.
