@@ -62,13 +62,12 @@ func measureFlood(ctx context.Context, l *lab, _ options, p *progress) (rows []R
 		defer func() {
 			clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 			defer cancel()
-			for _, obj := range []client.Object{&v1alpha1.Tenant{ObjectMeta: metav1.ObjectMeta{Name: name}}, &v1alpha1.User{ObjectMeta: metav1.ObjectMeta{Name: name}}} {
-				err = errors.Join(err, client.IgnoreNotFound(l.Delete(clean, obj)))
-			}
-			// The next run makes them again.
+			err = errors.Join(err, client.IgnoreNotFound(l.Delete(clean, &v1alpha1.Tenant{ObjectMeta: metav1.ObjectMeta{Name: name}})))
+			// The next run makes them again, and a User goes after the Tenants that list it.
 			err = errors.Join(err, apiwait.PollUntilContextCancel(clean, 100*time.Millisecond, true, func(ctx context.Context) (bool, error) {
 				return apierrors.IsNotFound(l.Get(ctx, client.ObjectKey{Name: name}, &v1alpha1.Tenant{})), nil
 			}))
+			err = errors.Join(err, client.IgnoreNotFound(l.Delete(clean, &v1alpha1.User{ObjectMeta: metav1.ObjectMeta{Name: name}})))
 		}()
 	}
 	p.say("making %d objects for the noisy tenant to list", floodObjects)

@@ -127,6 +127,7 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 	server.Register("/validate-namespace", &admission.Webhook{Handler: newQuotaWebhook(objects, decoder)})
 	server.Register("/validate-usage", &admission.Webhook{Handler: &usageWebhook{accounts}})
 	server.Register("/validate-network", &admission.Webhook{Handler: &networkWebhook{objects, infrastructure, decoder}})
+	server.Register("/validate-user", &admission.Webhook{Handler: &userWebhook{objects, decoder}})
 	server.Register(apiserver.AuthorizePath, &authorizer{mgr.GetClient()})
 	if opts.Tokens != nil {
 		server.Register(apiserver.TokenReviewPath, &authentication.Webhook{Handler: &tokenReviewWebhook{opts.Tokens}})

@@ -181,6 +181,7 @@ func TestNetworkAdmission(t *testing.T) {
 		newNamespace(t, cluster.admin, namespaceOf("adm-a", "adm", nil))
 		network := &v1alpha1.Network{ObjectMeta: metav1.ObjectMeta{Name: "adm"}}
 		wantRefusal(t, cluster.admin.Delete(ctx, network), `the Network "adm" is in use by the namespaces adm-a: delete those first`)
+		wantRefusal(t, cluster.admin.DeleteAllOf(ctx, &v1alpha1.Network{}, client.MatchingFields{"metadata.name": "adm"}), `the Network "adm" is in use`)
 		wantRefusal(t, cluster.admin.Delete(ctx, &v1alpha1.Network{ObjectMeta: metav1.ObjectMeta{Name: "adm-second"}}), "")
 	})
 }

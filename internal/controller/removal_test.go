@@ -372,6 +372,60 @@ func TestSuspension(t *testing.T) {
 	})
 }
 
+// A User is deleted when nobody lists it any more: so the deletion of a disabled one does
+// not give it back what it had, nor has whoever gets the name next.
+func TestUserDeletion(t *testing.T) {
+	ctx := t.Context()
+	part := tenantOf("part", "10.0.0.0/16", member("User", "part-olga", v1alpha1.RoleOwner), member("User", "part-ann", v1alpha1.RoleEdit))
+	newTenant(t, part)
+	newNamespace(t, as(t, "part-olga"), namespaceOf("part-a", "", nil))
+	ann := newUser(t, "part-ann")
+	caller := callerAs(t, "part-ann")
+	const pods = "/api/v1/namespaces/part-a/pods"
+	answers(t, caller, http.MethodGet, pods, "", http.StatusOK, "")
+
+	disable := func(disabled bool) {
+		t.Helper()
+		patch := client.RawPatch("application/merge-patch+json", fmt.Appendf(nil, `{"spec":{"disabled":%t}}`, disabled))
+		if err := cluster.admin.Patch(ctx, ann, patch); err != nil {
+			t.Fatal(err)
+		}
+	}
+	disable(true)
+	answers(t, caller, http.MethodGet, pods, "", http.StatusForbidden, "")
+	eventually(t, func() error {
+		if err := cluster.admin.Get(ctx, client.ObjectKeyFromObject(ann), ann); err != nil {
+			return err
+		}
+		c := apimeta.FindStatusCondition(ann.Status.Conditions, v1alpha1.ConditionReady)
+		if c == nil || c.Status != metav1.ConditionFalse || c.Reason != "Disabled" || c.ObservedGeneration != ann.Generation || !slices.Equal(ann.Status.Tenants, []string{"part"}) {
+			return fmt.Errorf("Ready = %+v, tenants %v", c, ann.Status.Tenants)
+		}
+		return nil
+	})
+	err := cluster.admin.Delete(ctx, ann)
+	if !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "is a member of the Tenants part: take it off") {
+		t.Fatalf("a member was deleted: %v", err)
+	}
+	if err := cluster.admin.DeleteAllOf(ctx, &v1alpha1.User{}, client.MatchingFields{"metadata.name": "part-ann"}); !apierrors.IsForbidden(err) {
+		t.Fatalf("a member was deleted with others: %v", err)
+	}
+	answers(t, caller, http.MethodGet, pods, "", http.StatusForbidden, "")
+
+	disable(false)
+	answers(t, caller, http.MethodGet, pods, "", http.StatusOK, "")
+	patch := client.RawPatch("application/merge-patch+json", []byte(`{"spec":{"members":[{"kind":"User","name":"part-olga","role":"owner"}]}}`))
+	if err := cluster.admin.Patch(ctx, part, patch); err != nil {
+		t.Fatal(err)
+	}
+	answers(t, caller, http.MethodGet, pods, "", http.StatusForbidden, "")
+	if err := cluster.admin.Delete(ctx, ann); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error { return tenantReady(ctx, "part") })
+	eventually(t, func() error { return noneNames(ctx, t, "part-ann", nil) })
+}
+
 // noneNames fails if any object that the API server has, of whatever kind, says the name,
 // but for those that may.
 func noneNames(ctx context.Context, t *testing.T, name string, may func(*unstructured.Unstructured) bool) error {

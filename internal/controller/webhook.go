@@ -116,7 +116,11 @@ func (w *networkWebhook) Handle(ctx context.Context, req admission.Request) admi
 	var refusal, err error
 	switch {
 	case req.Resource.Resource == "networks" && req.Operation == admissionv1.Delete:
-		refusal, err = w.deleteNetwork(ctx, req.Name)
+		var n v1alpha1.Network // a deletion of many names none in the request
+		if err := w.decoder.DecodeRaw(req.OldObject, &n); err != nil {
+			return admission.Errored(http.StatusBadRequest, err)
+		}
+		refusal, err = w.deleteNetwork(ctx, n.Name)
 	case req.Resource.Resource == "networks" && req.Operation == admissionv1.Create:
 		var n v1alpha1.Network
 		if err := w.decoder.Decode(req, &n); err != nil {
@@ -211,4 +215,27 @@ func (o objects) network(ctx context.Context, name string) (*v1alpha1.Network, e
 		return nil, fmt.Errorf("get the Network %s: %w", name, err)
 	}
 	return &n, nil
+}
+
+// userWebhook refuses to delete a User whom Tenants list: whoever has that name next, or
+// has it elsewhere, would have the memberships, and a disabled one would have them back.
+type userWebhook struct {
+	objects
+	decoder admission.Decoder
+}
+
+// Handle implements admission.Handler.
+func (w *userWebhook) Handle(ctx context.Context, req admission.Request) admission.Response {
+	var u v1alpha1.User // a deletion of many names none in the request
+	if err := w.decoder.DecodeRaw(req.OldObject, &u); err != nil {
+		return admission.Errored(http.StatusBadRequest, err)
+	}
+	var tenants v1alpha1.TenantList
+	if err := w.live.List(ctx, &tenants); err != nil {
+		return admission.Errored(http.StatusInternalServerError, fmt.Errorf("list Tenants: %w", err))
+	}
+	if of := tenancy.TenantsOf(tenants.Items, u.Name); len(of) > 0 {
+		return admission.Denied(fmt.Sprintf("the User %q is a member of the Tenants %s: take it off their spec.members first; spec.disabled takes its access away at once", u.Name, some(of)))
+	}
+	return admission.Allowed("")
 }

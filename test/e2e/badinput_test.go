@@ -153,12 +153,12 @@ func testInUse(t *testing.T) {
 // testTwoTenants: a user of two tenants says for which a namespace is.
 func testTwoTenants(t *testing.T) {
 	const both = "bad-both"
+	apply(t, admin, fmt.Sprintf("{apiVersion: h8s.io/v1alpha1, kind: User, metadata: {name: %s}}", both))
+	t.Cleanup(func() { _, _ = try(admin, "delete", "user", both, "--ignore-not-found") })
 	for _, name := range []string{"two-a", "two-b"} {
 		apply(t, admin, fmt.Sprintf(`{apiVersion: h8s.io/v1alpha1, kind: Tenant, metadata: {name: %s}, spec: {members: [{kind: User, name: %s, role: owner}], network: {cidrs: ["10.0.0.0/16"]}}}`, name, both))
 		t.Cleanup(func() { _, _ = try(admin, "delete", "tenant", name, "--ignore-not-found", "--timeout=4m") })
 	}
-	apply(t, admin, fmt.Sprintf("{apiVersion: h8s.io/v1alpha1, kind: User, metadata: {name: %s}}", both))
-	t.Cleanup(func() { _, _ = try(admin, "delete", "user", both, "--ignore-not-found") })
 	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/two-a", "tenant/two-b", "--timeout=4m")
 	if err := writeKubeconfig(both); err != nil {
 		t.Fatal(err)
