@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -16,7 +17,6 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
-	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/labels"
@@ -134,7 +134,7 @@ func holdings(t *testing.T, tenant string, namespaces ...string) (stay, bindings
 // newVolume makes a claim and the volume that it has got, of the reclaim policy Retain.
 func newVolume(t *testing.T, namespace, name string) {
 	t.Helper()
-	size := corev1.ResourceList{corev1.ResourceStorage: resource.MustParse("1Gi")}
+	size := hard("storage", "1Gi")
 	volume := &corev1.PersistentVolume{
 		ObjectMeta: metav1.ObjectMeta{Name: namespace + "-" + name},
 		Spec: corev1.PersistentVolumeSpec{
@@ -178,7 +178,7 @@ func TestSuspension(t *testing.T) {
 	}
 	halt := tenantOf("halt", "10.0.0.0/16", member("User", "halt-olga", v1alpha1.RoleOwner), member("User", "halt-vera", v1alpha1.RoleView), member("Group", "halt-team", v1alpha1.RoleEdit),
 		member("ServiceAccount", "halt-ci:bot", v1alpha1.RoleAdmin))
-	halt.Spec.Quota.Hard = corev1.ResourceList{corev1.ResourcePods: resource.MustParse("20")}
+	halt.Spec.Quota.Hard = hard("pods", "20", "persistentvolumeclaims", "1")
 	newTenant(t, halt)
 	newTenant(t, tenantOf("halt-other", "10.0.0.0/16", member("User", "halt-olga", v1alpha1.RoleOwner)))
 	newUser(t, "halt-vera")
@@ -221,12 +221,12 @@ func TestSuspension(t *testing.T) {
 	inPod := tokenFor(t, olga, shop.Name, "robot", worker)
 	const pods, configmaps = "/api/v1/namespaces/halt-shop/pods", "/api/v1/namespaces/halt-shop/configmaps"
 	outside := map[string]caller{
-		"a token":                      tokenFor(t, olga, shop.Name, "robot", nil),
-		"a token in a Secret":          tokenClient(t, string(legacy.Data[corev1.ServiceAccountTokenKey])),
+		"a token":                       tokenFor(t, olga, shop.Name, "robot", nil),
+		"a token in a Secret":           tokenClient(t, string(legacy.Data[corev1.ServiceAccountTokenKey])),
 		"of a ServiceAccount elsewhere": tokenFor(t, cluster.admin, ci.Name, bot.Name, nil),
-		"a person":                     callerAs(t, "halt-olga"),
-		"a viewer":                     callerAs(t, "halt-vera"),
-		"somebody of a group":          callerAs(t, "halt-gus", "halt-team"),
+		"a person":                      callerAs(t, "halt-olga"),
+		"a viewer":                      callerAs(t, "halt-vera"),
+		"somebody of a group":           callerAs(t, "halt-gus", "halt-team"),
 	}
 	neighbour := tokenFor(t, olga, other.Name, "robot", nil)
 	for _, who := range outside {
@@ -306,6 +306,8 @@ func TestSuspension(t *testing.T) {
 	t.Run("what runs goes on", func(t *testing.T) {
 		answers(t, inPod, http.MethodGet, pods, "", http.StatusOK, "worker")
 		answers(t, inPod, http.MethodPut, "/api/v1/namespaces/halt-shop/serviceaccounts/robot", `{"apiVersion":"v1","kind":"ServiceAccount","metadata":{"name":"robot"}}`, http.StatusOK, "")
+		answers(t, inPod, http.MethodPost, "/api/v1/namespaces/halt-shop/persistentvolumeclaims", `{"apiVersion":"v1","kind":"PersistentVolumeClaim","metadata":{"name":"more"},"spec":{"accessModes":["ReadWriteOnce"],"resources":{"requests":{"storage":"1Gi"}}}}`,
+			http.StatusForbidden, "exceeded quota: Tenant halt")
 		now, bound := holdings(t, "halt", shop.Name)
 		if diff := cmp.Diff(stay, now); diff != "" {
 			t.Error("before and now:", diff)
@@ -372,17 +374,50 @@ func TestSuspension(t *testing.T) {
 	})
 }
 
-// A User is deleted when nobody lists it any more: so the deletion of a disabled one does
-// not give it back what it had, nor has whoever gets the name next.
-func TestUserDeletion(t *testing.T) {
+// Who is disabled, and then removed, loses what a membership gave and nothing that is the
+// tenant's, also where it made it. A User is deleted when nobody lists it any more: so the
+// deletion of a disabled one does not give it back what it had, nor to whoever gets the name next.
+func TestUserLeaves(t *testing.T) {
 	ctx := t.Context()
 	part := tenantOf("part", "10.0.0.0/16", member("User", "part-olga", v1alpha1.RoleOwner), member("User", "part-ann", v1alpha1.RoleEdit))
+	part.Spec.Quota.Hard = hard("pods", "20")
 	newTenant(t, part)
 	newNamespace(t, as(t, "part-olga"), namespaceOf("part-a", "", nil))
 	ann := newUser(t, "part-ann")
-	caller := callerAs(t, "part-ann")
+	caller, annAtWork := callerAs(t, "part-ann"), as(t, "part-ann")
 	const pods = "/api/v1/namespaces/part-a/pods"
 	answers(t, caller, http.MethodGet, pods, "", http.StatusOK, "")
+	for _, obj := range []client.Object{
+		pod("part-a", "worker", nil), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "part-a", Name: "robot"}},
+		&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "part-a", Name: "web"}, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 80}}}},
+	} {
+		if err := annAtWork.Create(ctx, obj); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := as(t, "part-olga").Create(ctx, &rbacv1.RoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "part-a", Name: "robot"}, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "view"},
+		Subjects: []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: "part-a", Name: "robot"}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	robot := tokenFor(t, annAtWork, "part-a", "robot", nil)
+	answers(t, robot, http.MethodGet, pods, "", http.StatusOK, "worker")
+	newVolume(t, "part-a", "data")
+	eventually(t, func() error { return tenantReady(ctx, "part") })
+	stay, _ := holdings(t, "part", "part-a")
+	// Whose requests they are is written down in FlowSchemas.
+	staysAll := func() {
+		t.Helper()
+		now, _ := holdings(t, "part", "part-a")
+		for _, all := range []map[string]string{stay, now} {
+			maps.DeleteFunc(all, func(key, _ string) bool { return strings.HasPrefix(key, "FlowSchema ") })
+		}
+		if diff := cmp.Diff(stay, now); diff != "" {
+			t.Error("before and now:", diff)
+		}
+		answers(t, robot, http.MethodGet, pods, "", http.StatusOK, "worker")
+	}
 
 	disable := func(disabled bool) {
 		t.Helper()
@@ -411,6 +446,7 @@ func TestUserDeletion(t *testing.T) {
 		t.Fatalf("a member was deleted with others: %v", err)
 	}
 	answers(t, caller, http.MethodGet, pods, "", http.StatusForbidden, "")
+	staysAll()
 
 	disable(false)
 	answers(t, caller, http.MethodGet, pods, "", http.StatusOK, "")
@@ -423,6 +459,7 @@ func TestUserDeletion(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, func() error { return tenantReady(ctx, "part") })
+	staysAll()
 	eventually(t, func() error { return noneNames(ctx, t, "part-ann", nil) })
 }
 
@@ -464,7 +501,7 @@ func noneNames(ctx context.Context, t *testing.T, name string, may func(*unstruc
 func TestNothingIsLeft(t *testing.T) {
 	ctx := t.Context()
 	trace := tenantOf("vestige", "10.0.0.0/16", member("User", "vestige-olga", v1alpha1.RoleOwner), member("User", "vestige-vera", v1alpha1.RoleView), member("Group", "vestige-team", v1alpha1.RoleEdit))
-	trace.Spec.Quota.Hard = corev1.ResourceList{corev1.ResourcePods: resource.MustParse("20")}
+	trace.Spec.Quota.Hard = hard("pods", "20")
 	newTenant(t, trace)
 	users := []*v1alpha1.User{newUser(t, "vestige-olga"), newUser(t, "vestige-vera")}
 	olga := as(t, "vestige-olga")
