@@ -23,7 +23,7 @@ OURS := h8s h8s-controller h8s-node h8s-cni
 IMAGES := pause busybox agnhost h8s
 
 PACKAGES := gcc libc6-dev libseccomp-dev pkg-config nftables iproute2 kmod procps util-linux mount busybox-static conntrack ca-certificates \
-	qemu-system-x86 qemu-utils erofs-utils binutils crun
+	qemu-system-x86 qemu-utils erofs-utils binutils dpkg-dev libcap-dev python3
 # OpenStack's identity service, for `h8s up --keystone` and the tests.
 KEYSTONE := python3-keystone uwsgi-core uwsgi-plugin-python3
 
@@ -47,13 +47,13 @@ build: deps upstream ours hyper images ## everything, into bin/
 
 deps: $(BIN)/.deps ## Debian packages that are not there yet
 
-$(BIN)/.deps: build/deps.sh $(DPKG)
+$(BIN)/.deps: Makefile build/deps.sh $(DPKG)
 	@./build/deps.sh '$(BIN)/log/install-packages.log' $(PACKAGES)
 	@mkdir -p $(BIN) && touch $@
 
 keystone: $(BIN)/.keystone ## Debian's packages of Keystone, for h8s up --keystone
 
-$(BIN)/.keystone: build/deps.sh $(DPKG) | $(BIN)/.deps
+$(BIN)/.keystone: Makefile build/deps.sh $(DPKG) | $(BIN)/.deps
 	@./build/deps.sh '$(BIN)/log/install-keystone.log' $(KEYSTONE)
 	@mkdir -p $(BIN) && touch $@
 

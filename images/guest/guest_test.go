@@ -137,3 +137,23 @@ func TestCPIO(t *testing.T) {
 		}
 	}
 }
+
+func TestSourceVersion(t *testing.T) {
+	for name, test := range map[string]struct {
+		shown, want string
+	}{
+		"of its own":   {shown: "Package: crun\nVersion: 1.8.1-1+deb12u1\nSource: crun\n", want: "1.8.1-1+deb12u1"},
+		"no source":    {shown: "Package: crun\nVersion: 1.8.1-1\n", want: "1.8.1-1"},
+		"built again":  {shown: "Package: crun\nSource: crun (1.8.1-1)\nVersion: 1.8.1-1+b3\n", want: "1.8.1-1"},
+		"not known":    {shown: ""},
+		"without any":  {shown: "Package: crun\n"},
+		"source first": {shown: "Source: crun (2-1)\nPackage: crun\nVersion: 2-1+b1\n", want: "2-1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := sourceVersion(test.shown)
+			if got != test.want || (err == nil) != (test.want != "") {
+				t.Errorf("%q, %v; want %q", got, err, test.want)
+			}
+		})
+	}
+}

@@ -22,15 +22,20 @@ type kernel struct {
 // for, unpacked below dir; it downloads only what is not there. Where apt cannot tell
 // (no package lists), the newest one that is there will do.
 func ensureKernel(ctx context.Context, dir string) (kernel, error) {
-	k, err := obtainKernel(ctx, dir)
+	return withLists(ctx, func() (kernel, error) { return obtainKernel(ctx, dir) })
+}
+
+// withLists has obtain tried again with fresh package lists if it fails. There may be none, or
+// old ones that name what Debian does not keep any more.
+func withLists[T any](ctx context.Context, obtain func() (T, error)) (T, error) {
+	obtained, err := obtain()
 	if err == nil {
-		return k, nil
+		return obtained, nil
 	}
-	// There may be no package lists, or old ones that name what Debian does not keep any more.
 	if _, update := run(ctx, "", "apt-get", "update", "-q"); update != nil {
-		return kernel{}, errors.Join(err, update)
+		return obtained, errors.Join(err, update)
 	}
-	return obtainKernel(ctx, dir)
+	return obtain()
 }
 
 func obtainKernel(ctx context.Context, dir string) (kernel, error) {

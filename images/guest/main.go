@@ -1,6 +1,7 @@
 // Command guest makes what a pod's virtual machine boots: Debian's cloud kernel, and an
 // initramfs of our init, crun, and the few kernel modules that they need. The kernel's
-// package is downloaded and unpacked, not installed. What is right already stays.
+// package is downloaded and unpacked, not installed; crun is built of its package's source.
+// What is right already stays.
 package main
 
 import (
@@ -15,14 +16,11 @@ import (
 	"os/signal"
 	"path"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
-
-	"h8s.io/hypernetes/images/linkage"
 )
 
 // bootModules are loaded at boot, with what they need, in this order.
@@ -101,9 +99,15 @@ func guestTree(ctx context.Context, k kernel, programs string) (tree, error) {
 		return nil, fmt.Errorf("%w; run make hyper", err)
 	}
 	t["init"] = node{mode: 0o755, data: hyperinit}
-	if err := addProgram(t, "sbin/crun", "/usr/bin/crun"); err != nil {
-		return nil, fmt.Errorf("%w; install Debian's package crun: run make deps", err)
+	crun, err := ensureCrun(ctx, filepath.Join(programs, "crun"))
+	if err != nil {
+		return nil, err
 	}
+	data, err := os.ReadFile(crun)
+	if err != nil {
+		return nil, err
+	}
+	t["sbin/crun"] = node{mode: 0o755, data: data}
 	f, err := os.Open(filepath.Join(k.modules, "modules.dep"))
 	if err != nil {
 		return nil, err
@@ -130,29 +134,6 @@ func guestTree(ctx context.Context, k kernel, programs string) (tree, error) {
 		}
 	}
 	return t, nil
-}
-
-// addProgram puts a program of this machine under name, with the loader and the libraries
-// that it needs.
-func addProgram(t tree, name, program string) error {
-	loader, libraries, err := linkage.Closure(program)
-	if err != nil {
-		return err
-	}
-	files := map[string]string{name: program}
-	for _, f := range append(libraries, loader) {
-		if f != "" {
-			files[strings.TrimPrefix(f, "/")] = f
-		}
-	}
-	for name, f := range files {
-		data, err := os.ReadFile(f)
-		if err != nil {
-			return err
-		}
-		t[name] = node{mode: 0o755, data: data}
-	}
-	return nil
 }
 
 // addModules puts files below dir under names that sort in load order.
