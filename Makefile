@@ -41,7 +41,7 @@ gobuild = CGO_ENABLED=0 go build -buildvcs=false -trimpath
 # Where the plugin's archive will be found, for krew.
 KREW_URI ?= file://$(BIN)/krew/h8s-linux-amd64.tar.gz
 
-.PHONY: build up down test krew keystone test-hyper e2e-hyper e2e-programs bench bench-hyper lint generate deps upstream ours hyper images clean
+.PHONY: build up down test krew keystone test-hyper e2e-hyper e2e-programs bench bench-hyper bench-tenancy lint generate deps upstream ours hyper images clean
 
 build: deps upstream ours hyper images ## everything, into bin/
 
@@ -169,6 +169,9 @@ bench: build ## measurements side by side with what a user would pick instead
 
 bench-hyper: build ## virtual machines side by side with runc and gVisor; ARGS='-output json' prints that
 	@go run ./bench -suite hyper $(ARGS)
+
+bench-tenancy: build keystone ## 1,000 tenants on a control plane without nodes (docs/scale.md); ARGS='-plots docs/scale' draws
+	@go run ./bench -suite tenancy $(ARGS)
 
 lint: $(BIN)/golangci-lint
 	@$(BIN)/golangci-lint run ./...

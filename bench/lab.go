@@ -42,6 +42,10 @@ type lab struct {
 	own, keep bool
 	// fixture is what was made in it for the measurements, nil if nothing was.
 	fixture *fixture
+	// crowd is there instead of nodes, in the suite that needs none.
+	crowd *crowd
+	// curves are what was measured so far and can be plotted.
+	curves []Curve
 }
 
 // node is one node of an embedded cluster: a set of namespaces on this machine.
@@ -86,6 +90,9 @@ func (l *lab) abandon(ctx context.Context, p *progress, err error) error {
 // close removes what the run made.
 func (l *lab) close(ctx context.Context, p *progress) error {
 	switch {
+	case l.crowd != nil:
+		p.say("stopping the control plane")
+		return l.crowd.close()
 	case l.own && l.keep:
 		p.say("cluster %q stays up", l.name)
 		return nil
@@ -110,11 +117,10 @@ func (l *lab) h8s(ctx context.Context, args ...string) error {
 func (l *lab) connect(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	version, err := exec.CommandContext(ctx, filepath.Join(l.bin, "h8s"), "version").Output()
-	if err != nil {
-		return fmt.Errorf("h8s version: %w", err)
+	var err error
+	if l.version, err = l.programVersion(ctx); err != nil {
+		return err
 	}
-	l.version, _, _ = strings.Cut(strings.TrimSpace(string(version)), "\n")
 	kubeconfig, err := exec.CommandContext(ctx, filepath.Join(l.bin, "h8s"), "kubeconfig", "--name", l.name).Output()
 	if err != nil {
 		return fmt.Errorf("h8s kubeconfig --name %s: %w (is it up?)", l.name, err)
@@ -133,6 +139,16 @@ func (l *lab) connect(ctx context.Context) error {
 		return fmt.Errorf("connect to cluster %q: %w", l.name, err)
 	}
 	return l.findNodes(ctx)
+}
+
+// programVersion is that of our programs.
+func (l *lab) programVersion(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, filepath.Join(l.bin, "h8s"), "version").Output()
+	if err != nil {
+		return "", fmt.Errorf("h8s version: %w", err)
+	}
+	version, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
+	return version, nil
 }
 
 func (l *lab) findNodes(ctx context.Context) error {

@@ -56,8 +56,8 @@ func machineTime() (cpuTime, error) {
 	return parseStat(string(data))
 }
 
-// ownTime is the CPU time of the cluster, of this process and of its children that ended.
-func ownTime(cluster string) (time.Duration, error) {
+// cpuTime is the CPU time of the cluster, of this process and of its children that ended.
+func (l *lab) cpuTime() (time.Duration, error) {
 	var sum time.Duration
 	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
 		var u unix.Rusage
@@ -66,8 +66,70 @@ func ownTime(cluster string) (time.Duration, error) {
 		}
 		sum += time.Duration(u.Utime.Nano() + u.Stime.Nano())
 	}
-	of, err := cgroupTime("/h8s-" + cluster)
+	if l.crowd != nil {
+		of, err := descendantsTime(os.Getpid())
+		return sum + of, err
+	}
+	of, err := cgroupTime("/h8s-" + l.name)
 	return sum + of, err
+}
+
+// descendantsTime is the CPU time of those who run, and of their children that ended.
+func descendantsTime(pid int) (time.Duration, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return 0, err
+	}
+	type process struct {
+		parent int
+		time   time.Duration
+	}
+	all := map[int]process{}
+	for _, e := range entries {
+		id, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		if parent, own, ended, err := processStat(id); err == nil { // it may have ended meanwhile
+			all[id] = process{parent, own + ended}
+		}
+	}
+	var sum time.Duration
+	for id, p := range all {
+		for at := id; at > 1; at = all[at].parent {
+			if at != id && at == pid {
+				sum += p.time
+				break
+			}
+		}
+	}
+	return sum, nil
+}
+
+// processTime is the CPU time of a process without its children.
+func processTime(pid int) (time.Duration, error) {
+	_, own, _, err := processStat(pid)
+	return own, err
+}
+
+// processStat reads /proc/PID/stat (proc(5)).
+func processStat(pid int) (parent int, own, ended time.Duration, err error) {
+	data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	// The second field is the name, in parentheses and with whatever in it.
+	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
+	if len(fields) < 15 {
+		return 0, 0, 0, fmt.Errorf("/proc/%d/stat has %q", pid, data)
+	}
+	n := make([]int, 5)
+	for i, at := range []int{1, 11, 12, 13, 14} { // ppid, utime, stime, cutime, cstime
+		if n[i], err = strconv.Atoi(fields[at]); err != nil {
+			return 0, 0, 0, fmt.Errorf("/proc/%d/stat: %w", pid, err)
+		}
+	}
+	return n[0], time.Duration(n[1]+n[2]) * tick, time.Duration(n[3]+n[4]) * tick, nil
 }
 
 // cgroupTime is the CPU time of a cgroup with all below it, of version 1 or 2.
@@ -93,10 +155,10 @@ func cgroupTime(path string) (time.Duration, error) {
 }
 
 // watchOthers returns what says which share of the CPU time others have had since.
-func watchOthers(cluster string) func() float64 {
+func watchOthers(ownTime func() (time.Duration, error)) func() float64 {
 	read := func() (busy, all time.Duration, err error) {
 		machine, err := machineTime()
-		own, ownErr := ownTime(cluster)
+		own, ownErr := ownTime()
 		return machine.busy - own, machine.all, errors.Join(err, ownErr)
 	}
 	busy, all, err := read()

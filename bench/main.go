@@ -6,6 +6,8 @@
 //	go run ./bench -only network,cni     some of the sections
 //	go run ./bench -suite hyper          pods that are virtual machines, beside runc and gVisor
 //	go run ./bench -suite neighbours     a tenant's requests beside another's flood of them
+//	go run ./bench -suite tenancy        1,000 tenants on a control plane without nodes
+//	go run ./bench -from F -plots DIR    the plots of results that are there, once more
 //
 // What counts are the ratios and their spread; the absolute values are those of
 // this machine. All sides of a comparison take turns in every round.
@@ -58,6 +60,10 @@ func main() {
 	flag.IntVar(&o.starts, "starts", 0, "pods of each kind to start, one after the other (default 12, in suite hyper 8)")
 	flag.IntVar(&o.bursts, "bursts", 2, "rounds of ten pods at once (suite hyper)")
 	flag.IntVar(&o.pods, "pods", 30, "idle pods of each kind whose memory is measured (suite hyper)")
+	flag.IntVar(&o.tenants, "tenants", 1000, "tenants to make (suite tenancy)")
+	flag.StringVar(&o.root, "root", ".", "directory of the project, for the chart (suite tenancy)")
+	flag.StringVar(&o.plots, "plots", "", "directory for a plot (SVG) of each curve (default none)")
+	flag.StringVar(&o.from, "from", "", "measure nothing: plot and print the results of this file")
 	flag.BoolVar(&o.keep, "keep", false, "leave the cluster that was made up")
 	flag.StringVar(&o.suite, "suite", productSuite, "what to measure: "+strings.Join(slices.Sorted(maps.Keys(suites())), " or "))
 	flag.StringVar(&o.output, "output", "table", "what to print at the end: table or json")
@@ -75,8 +81,10 @@ func main() {
 type options struct {
 	cluster, bin, out    string
 	suite, output        string
+	root, plots, from    string
 	rounds, adds, starts int
 	bursts, pods         int
+	tenants              int
 	keep                 bool
 	only                 []string
 }
@@ -103,6 +111,11 @@ func suites() map[string][]section {
 		},
 		neighboursSuite: {
 			{"flood", measureFlood},
+		},
+		tenancySuite: {
+			{"tenants", measureTenants},
+			{tokensSection, measureTokensAlone},
+			{"deletion", measureDeletion},
 		},
 		hyperSuite: {
 			{"resume", measureResume},
@@ -136,6 +149,9 @@ func (o options) sections() ([]section, error) {
 }
 
 func run(o options) (err error) {
+	if o.from != "" {
+		return replay(o)
+	}
 	sections, err := o.sections()
 	if err != nil {
 		return err
@@ -147,8 +163,8 @@ func run(o options) (err error) {
 		}
 	}
 	switch {
-	case min(o.rounds, o.adds, o.starts, o.bursts, o.pods) < 1:
-		return errors.New("-rounds, -adds, -starts, -bursts and -pods must be 1 at least")
+	case min(o.rounds, o.adds, o.starts, o.bursts, o.pods, o.tenants-1) < 1:
+		return errors.New("-rounds, -adds, -starts, -bursts and -pods must be 1 at least, -tenants 2")
 	case o.output != "table" && o.output != "json":
 		return fmt.Errorf("-output %q: there are table and json", o.output)
 	case os.Geteuid() != 0:
@@ -161,7 +177,11 @@ func run(o options) (err error) {
 	defer cancel()
 
 	report := newReport()
-	l, err := openLab(ctx, o, p)
+	open := openLab
+	if o.suite == tenancySuite {
+		open = openCrowd
+	}
+	l, err := open(ctx, o, p)
 	if err != nil {
 		return err
 	}
@@ -172,7 +192,7 @@ func run(o options) (err error) {
 		err = errors.Join(err, l.close(clean, p))
 	}()
 	report.Suite, report.Cluster, report.Version = o.suite, l.name, l.version
-	others := watchOthers(l.name)
+	others := watchOthers(l.cpuTime)
 
 	var failed []error
 	for _, s := range sections {
@@ -192,6 +212,7 @@ func run(o options) (err error) {
 	if o.suite == hyperSuite {
 		failed = append(failed, report.addMachines(l))
 	}
+	report.Curves = l.curves
 	report.Seconds = p.elapsed().Seconds()
 	report.Machine.LoadAfter = loadAverage()
 	report.Machine.Others = others()
@@ -205,6 +226,9 @@ func run(o options) (err error) {
 	}
 	data = append(data, '\n')
 	failed = append(failed, save(path, data))
+	if o.plots != "" {
+		failed = append(failed, savePlots(o.plots, report.Curves))
+	}
 	if o.output == "json" {
 		_, err := os.Stdout.Write(data)
 		return errors.Join(append(failed, err)...)
@@ -212,6 +236,23 @@ func run(o options) (err error) {
 	report.print(os.Stdout)
 	fmt.Printf("\nwritten to %s\n", path)
 	return errors.Join(failed...)
+}
+
+// replay prints and plots results that were saved.
+func replay(o options) error {
+	data, err := os.ReadFile(o.from)
+	if err != nil {
+		return err
+	}
+	var report Report
+	if err := json.Unmarshal(data, &report); err != nil {
+		return fmt.Errorf("read the results %s: %w", o.from, err)
+	}
+	report.print(os.Stdout)
+	if o.plots == "" {
+		return nil
+	}
+	return savePlots(o.plots, report.Curves)
 }
 
 // fileName is the time of the run, after the suite if that is not the product's.

@@ -26,6 +26,8 @@ type Report struct {
 	// Accelerator is what executed the guests, in the suite that has some.
 	Accelerator *accel.Choice `json:"accelerator,omitempty"`
 	Rows        []Row         `json:"rows"`
+	// Curves are what is plotted.
+	Curves []Curve `json:"curves,omitempty"`
 	// Errors are sections that could not be measured.
 	Errors []string `json:"errors,omitempty"`
 }

@@ -23,11 +23,14 @@ var version = "dev"
 type flags struct {
 	namespace     string
 	certDir       string
+	webhookHost   string
 	webhookPort   int
 	healthAddress string
-	logLevel      string
-	options       controller.Options
-	keystone      keystoneFlags
+	// metricsAddress and pprofAddress are off if they are "0".
+	metricsAddress, pprofAddress string
+	logLevel                     string
+	options                      controller.Options
+	keystone                     keystoneFlags
 }
 
 // keystoneFlags are off without a path.
@@ -49,8 +52,11 @@ func main() {
 	}
 	cmd.Flags().StringVar(&f.namespace, "namespace", "h8s-system", "namespace that the controller runs in")
 	cmd.Flags().StringVar(&f.certDir, "webhook-cert-dir", "/tls", "directory with tls.crt and tls.key")
+	cmd.Flags().StringVar(&f.webhookHost, "webhook-host", "", "address of the webhooks (default all)")
 	cmd.Flags().IntVar(&f.webhookPort, "webhook-port", 9443, "port of the webhooks")
 	cmd.Flags().StringVar(&f.healthAddress, "health-address", ":8081", "address of /healthz and /readyz")
+	cmd.Flags().StringVar(&f.metricsAddress, "metrics-address", "0", "address of /metrics, for Prometheus, without TLS; 0 for none")
+	cmd.Flags().StringVar(&f.pprofAddress, "pprof-address", "0", "address of /debug/pprof, without TLS; 0 for none")
 	cmd.Flags().StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	cmd.Flags().StringSliceVar(&f.options.ServiceCIDRs, "service-cidr", nil, "ranges of Services; those of ServiceCIDR objects are added")
 	cmd.Flags().StringSliceVar(&f.options.PodCIDRs, "pod-cidr", nil, "ranges of the default network; those of Nodes are added")
@@ -88,9 +94,10 @@ func run(f flags) error {
 	mgr, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme:                        scheme,
 		Cache:                         controller.CacheOptions(),
-		Metrics:                       metricsserver.Options{BindAddress: "0"},
+		Metrics:                       metricsserver.Options{BindAddress: f.metricsAddress},
+		PprofBindAddress:              f.pprofAddress,
 		HealthProbeBindAddress:        f.healthAddress,
-		WebhookServer:                 controller.NewWebhookServer("", f.webhookPort, f.certDir),
+		WebhookServer:                 controller.NewWebhookServer(f.webhookHost, f.webhookPort, f.certDir),
 		LeaderElection:                true,
 		LeaderElectionID:              "h8s-controller",
 		LeaderElectionNamespace:       f.namespace,

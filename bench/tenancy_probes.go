@@ -1,0 +1,287 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	apiwait "k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/rest"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+)
+
+const (
+	// getSamples and quotaSamples are the requests of each kind at a checkpoint.
+	getSamples, quotaSamples = 200, 100
+	// spread is over how many namespaces the latter go, turned tenants how many are
+	// out of step when the controller starts again.
+	spread, turned = 5, 20
+	// Namespaces of nobody, some with a ResourceQuota.
+	nobody, rival = "bench-nobody", "bench-resourcequota"
+)
+
+// measureMemory asks what the controller's process holds, once nothing happens.
+func (c *crowd) measureMemory(ctx context.Context) error {
+	heap, err := c.Controller.Heap(ctx)
+	if err != nil {
+		return err
+	}
+	rss, err := residentSet(c.Controller.PID())
+	if err != nil {
+		return err
+	}
+	c.note("controller's heap", heap/1e6)
+	c.note("controller's RSS", rss/1e6)
+	return nil
+}
+
+// residentSet of a process, in bytes.
+func residentSet(pid int) (float64, error) {
+	data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			kb, err := strconv.ParseFloat(strings.Fields(value)[0], 64)
+			return 1024 * kb, err
+		}
+	}
+	return 0, errors.New("/proc/PID/status has no VmRSS")
+}
+
+// getter is somebody who sends small requests.
+type getter struct {
+	name, user string
+	groups     []string
+}
+
+// getters are somebody whom neither authorization nor flow control has to look for, a
+// member of the first tenant, and one whom they find nowhere.
+func getters() []getter {
+	return []getter{
+		{"an operator", "operator", []string{"system:masters"}},
+		{"a member", nthMember(0, 0), nil},
+		{"nobody's member", "stranger", nil},
+	}
+}
+
+// measureGets compares requests that hardly cost anything, GET /version, by who sends
+// them: RBAC and flow control (API Priority and Fairness) look through lists that grow
+// with the tenants.
+func (c *crowd) measureGets(ctx context.Context) error {
+	took := map[string][]float64{}
+	clients := map[string]*http.Client{}
+	for _, who := range getters() {
+		config := rest.CopyConfig(c.Config)
+		config.Impersonate = rest.ImpersonationConfig{UserName: who.user, Groups: append(who.groups, "system:authenticated")}
+		var err error
+		if clients[who.name], err = rest.HTTPClientFor(config); err != nil {
+			return err
+		}
+	}
+	for range getSamples {
+		for _, who := range getters() {
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(c.Config.Host, "/")+"/version", nil)
+			if err != nil {
+				return err
+			}
+			began := time.Now()
+			resp, err := clients[who.name].Do(req)
+			if err != nil {
+				return err
+			}
+			_, err = io.Copy(io.Discard, resp.Body)
+			took[who.name] = append(took[who.name], milliseconds(time.Since(began)))
+			resp.Body.Close()
+			if err != nil || resp.StatusCode != http.StatusOK {
+				return errors.Join(err, fmt.Errorf("GET /version by %s is answered with %s", who.name, resp.Status))
+			}
+		}
+	}
+	for _, who := range getters() {
+		c.note("GET by "+who.name+", p50", median(took[who.name]))
+		c.note("GET by "+who.name+", p99", quantile(took[who.name], 0.99))
+	}
+	return nil
+}
+
+// makeRivals makes the namespaces of nobody, half of them with a ResourceQuota.
+func (c *crowd) makeRivals(ctx context.Context) error {
+	for i := range spread {
+		for _, name := range []string{nobody, rival} {
+			if err := c.Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprint(name, "-", i)}}); err != nil {
+				return err
+			}
+		}
+		q := &corev1.ResourceQuota{ObjectMeta: metav1.ObjectMeta{Namespace: fmt.Sprint(rival, "-", i), Name: "ample"}, Spec: corev1.ResourceQuotaSpec{Hard: ample()}}
+		if err := c.Create(ctx, q); err != nil {
+			return err
+		}
+		if err := apiwait.PollUntilContextTimeout(ctx, 20*time.Millisecond, readyLimit, true, func(ctx context.Context) (bool, error) {
+			err := c.Get(ctx, client.ObjectKeyFromObject(q), q)
+			return len(q.Status.Hard) > 0, err
+		}); err != nil {
+			return fmt.Errorf("wait for the ResourceQuota %s: %w", q.Name, err)
+		}
+	}
+	return nil
+}
+
+// measureQuota compares creations of ConfigMaps where a quota counts them and where
+// none does, of ours and of Kubernetes'. All take turns.
+func (c *crowd) measureQuota(ctx context.Context) error {
+	if c.count == 0 {
+		return nil
+	}
+	// The last ones that were made.
+	of := func(quota bool, n int) string {
+		var all []int
+		for i := c.count - 1; i >= 0 && len(all) < spread; i-- {
+			if hasQuota(i) == quota {
+				all = append(all, i)
+			}
+		}
+		return nthNamespace(all[n%len(all)], 0)
+	}
+	kinds := map[string]func(n int) string{
+		"nobody":        func(n int) string { return fmt.Sprint(nobody, "-", n%spread) },
+		"ResourceQuota": func(n int) string { return fmt.Sprint(rival, "-", n%spread) },
+		"tenant":        func(n int) string { return of(false, n) },
+		"quota":         func(n int) string { return of(true, n) },
+	}
+	var variants []variant
+	for name, namespace := range kinds {
+		variants = append(variants, variant{name, func(ctx context.Context, round int) (map[string]float64, error) {
+			m := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: namespace(round), Name: fmt.Sprintf("bench-%d-%d", c.count, round)}}
+			began := time.Now()
+			err := c.Create(ctx, m)
+			return map[string]float64{"ms": milliseconds(time.Since(began))}, err
+		}})
+	}
+	took, err := interleave(ctx, quotaSamples, variants)
+	if err != nil {
+		return err
+	}
+	p50 := func(kind string) float64 { return median(took[kind]["ms"]) }
+	c.note("quota adds, p50", p50("quota")-p50("tenant"))
+	c.note("a ResourceQuota adds, p50", p50("ResourceQuota")-p50("nobody"))
+	c.note("create in a tenant, p50", p50("tenant"))
+	return nil
+}
+
+// measureRestart stops the controller, puts some tenants out of step, starts it, and
+// waits until it has looked at every object, has nothing left to do, and they are in
+// step again.
+func (c *crowd) measureRestart(ctx context.Context) error {
+	if err := c.StopController(); err != nil {
+		return err
+	}
+	var broken []client.ObjectKey
+	for i := range min(turned, c.count) {
+		key := client.ObjectKey{Namespace: nthNamespace(i*c.count/min(turned, c.count), 0), Name: "h8s:view"}
+		if err := c.Delete(ctx, &rbacv1.RoleBinding{ObjectMeta: metav1.ObjectMeta{Namespace: key.Namespace, Name: key.Name}}); err != nil {
+			return fmt.Errorf("put a tenant out of step: %w", err)
+		}
+		broken = append(broken, key)
+	}
+	before, err := c.Requests(ctx)
+	if err != nil {
+		return err
+	}
+	if err := c.StartController(ctx); err != nil {
+		return err
+	}
+	ready := time.Since(c.Controller.Started)
+	if err := c.idle(ctx); err != nil {
+		return fmt.Errorf("wait until the controller has converged: %w", err)
+	}
+	took := time.Since(c.Controller.Started)
+	after, err := c.Requests(ctx)
+	if err != nil {
+		return err
+	}
+	for _, key := range broken {
+		if err := c.Get(ctx, key, &rbacv1.RoleBinding{}); err != nil {
+			return fmt.Errorf("the controller has nothing left to do, but %s is not in step: %w", key, err)
+		}
+	}
+	c.note("restart to ready", ready.Seconds())
+	c.note("restart to converged", took.Seconds())
+	c.note("requests of a restart", after-before)
+	return nil
+}
+
+// measureDeletion deletes all tenants at once, then their people.
+func measureDeletion(ctx context.Context, l *lab, _ options, p *progress) ([]Row, error) {
+	c := l.crowd
+	if c.count == 0 {
+		return nil, errors.New("there are no tenants to delete: run the section tenants as well")
+	}
+	p.say("deleting %d tenants", c.count)
+	before, err := c.Requests(ctx)
+	if err != nil {
+		return nil, err
+	}
+	began := time.Now()
+	if err := inParallel(ctx, 0, c.count, func(ctx context.Context, i int) error {
+		return c.Delete(ctx, &v1alpha1.Tenant{ObjectMeta: metav1.ObjectMeta{Name: nthTenant(i)}})
+	}); err != nil {
+		return nil, fmt.Errorf("delete a Tenant: %w", err)
+	}
+	left := Series{Name: "tenants"}
+	spaces := Series{Name: "their namespaces"}
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	for {
+		n := c.seen.count()
+		var list metav1.PartialObjectMetadataList
+		list.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("NamespaceList"))
+		if err := c.List(ctx, &list, client.HasLabels{v1alpha1.LabelTenant}); err != nil {
+			return nil, err
+		}
+		at := time.Since(began).Seconds()
+		left.X, left.Y = append(left.X, at), append(left.Y, float64(n))
+		spaces.X, spaces.Y = append(spaces.X, at), append(spaces.Y, float64(len(list.Items)))
+		if n == 0 {
+			break
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%d tenants are left: %w", n, context.Cause(ctx))
+		}
+	}
+	took := time.Since(began)
+	after, err := c.Requests(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var roles rbacv1.ClusterRoleList
+	if err := c.List(ctx, &roles, client.HasLabels{v1alpha1.LabelTenant}); err != nil {
+		return nil, err
+	}
+	if len(roles.Items) > 0 {
+		return nil, fmt.Errorf("%d ClusterRoles of tenants are left", len(roles.Items))
+	}
+	l.curves = append(l.curves, Curve{File: "deletion", Title: fmt.Sprintf("Deletion of %d tenants at once", c.count), X: "seconds", Y: "left", Series: []Series{left, spaces}})
+	group := fmt.Sprintf("%d tenants", c.count)
+	rows := []Row{
+		absolute(group, "deletion of all", "s", newSide("h8s-controller", []float64{took.Seconds()}), nil),
+		absolute(group, "controller's requests per deleted tenant", "", newSide("h8s-controller", []float64{(after - before) / float64(c.count)}), nil),
+	}
+	c.count = 0
+	return rows, nil
+}
