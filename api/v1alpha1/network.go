@@ -34,6 +34,8 @@ const (
 // +kubebuilder:printcolumn:name="Pods",type=integer,JSONPath=`.status.pods`
 // +kubebuilder:printcolumn:name="Reason",type=string,priority=1,JSONPath=`.status.conditions[?(@.type=="Ready")].message`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+// +kubebuilder:selectablefield:JSONPath=`.spec.tenant`
+// +kubebuilder:selectablefield:JSONPath=`.status.id`
 // +kubebuilder:validation:XValidation:rule="self.metadata.name.size() <= 40",message="a Network's name may have 40 characters at most: other names are made from it"
 // +kubebuilder:validation:XValidation:rule="self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",message="a Network's name must be a DNS label (letters, digits and '-'): it is used as a label value and in names"
 type Network struct {

@@ -176,13 +176,13 @@ func (a *authorizer) isMember(ctx context.Context, who tenancy.Requester, tenant
 // hint says to a member which selectors are allowed, and of which tenants none is any
 // more. It ends up in the API server's refusal.
 func (a *authorizer) hint(ctx context.Context, who tenancy.Requester) (string, error) {
-	var list v1alpha1.TenantList
-	if err := a.reader.List(ctx, &list, client.UnsafeDisableDeepCopy); err != nil {
-		return "", fmt.Errorf("list Tenants: %w", err)
+	tenants, err := tenantsWith(ctx, a.reader, who)
+	if err != nil {
+		return "", err
 	}
 	var own, hints []string
-	for i := range list.Items {
-		switch t := &list.Items[i]; {
+	for i := range tenants {
+		switch t := &tenants[i]; {
 		case who.IsMember(t):
 			own = append(own, t.Name)
 		case who.IsLockedOut(t):

@@ -21,6 +21,7 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/selection"
 	"k8s.io/apimachinery/pkg/types"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -63,8 +64,15 @@ func NewScheme() (*runtime.Scheme, error) {
 }
 
 // CacheOptions keep the caches small: of RBAC objects and ResourceQuotas only
-// those that the controller made, of Pods what is needed to count them.
+// those that the controller made, of Pods what is needed to count them, of Services
+// the metadata of those that kube-proxy serves.
 func CacheOptions() cache.Options {
+	service := &metav1.PartialObjectMetadata{}
+	service.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Service"))
+	notOurs, err := labels.NewRequirement(labelServiceProxyName, selection.NotEquals, []string{v1alpha1.ServiceProxyName})
+	if err != nil {
+		panic(err) // of constants
+	}
 	ours := cache.ByObject{Label: labels.SelectorFromSet(labels.Set{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy})}
 	return cache.Options{
 		DefaultTransform: cache.TransformStripManagedFields(),
@@ -72,6 +80,7 @@ func CacheOptions() cache.Options {
 			&rbacv1.RoleBinding{}:        ours,
 			&rbacv1.ClusterRole{}:        ours,
 			&rbacv1.ClusterRoleBinding{}: ours,
+			service:                      {Label: labels.NewSelector().Add(*notOurs)},
 			&corev1.ResourceQuota{}:      ours,
 			&flowcontrolv1.FlowSchema{}:  ours,
 			&certificatesv1.CertificateSigningRequest{}: {
@@ -97,6 +106,9 @@ func CacheOptions() cache.Options {
 func Setup(mgr ctrl.Manager, opts Options) error {
 	fixed, err := fixedRanges(opts)
 	if err != nil {
+		return err
+	}
+	if err := indexFields(context.Background(), mgr.GetFieldIndexer()); err != nil {
 		return err
 	}
 	infrastructure := infrastructure{reader: mgr.GetClient(), fixed: fixed}
@@ -206,7 +218,7 @@ func (o objects) patchStatus(ctx context.Context, obj, before client.Object) err
 
 func (o objects) disabled(ctx context.Context) (tenancy.Disabled, error) {
 	var users v1alpha1.UserList
-	if err := o.List(ctx, &users); err != nil {
+	if err := o.List(ctx, &users, client.MatchingFields{fieldDisabled: "true"}, client.UnsafeDisableDeepCopy); err != nil {
 		return nil, fmt.Errorf("list Users: %w", err)
 	}
 	return tenancy.NewDisabled(users.Items), nil
@@ -215,11 +227,14 @@ func (o objects) disabled(ctx context.Context) (tenancy.Disabled, error) {
 // tenantsOf are the Tenants that list the User, for a watch: it cannot fail, and
 // the cache is read from memory.
 func (o objects) tenantsOf(ctx context.Context, user string) []string {
-	var tenants v1alpha1.TenantList
-	if err := o.List(ctx, &tenants); err != nil {
-		return nil
-	}
-	return tenancy.TenantsOf(tenants.Items, user)
+	tenants, _ := o.memberships(ctx, user)
+	return tenants
+}
+
+// memberships are the names of the Tenants that list the User, sorted.
+func (o objects) memberships(ctx context.Context, user string) ([]string, error) {
+	tenants, err := tenantsWith(ctx, o.Client, tenancy.Requester{Name: user})
+	return tenancy.TenantsOf(tenants, user), err
 }
 
 // outcome turns a lost race between writers into another try, and leaves other errors.

@@ -8,12 +8,12 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
-	"k8s.io/apimachinery/pkg/selection"
 	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"h8s.io/hypernetes/api/v1alpha1"
@@ -37,9 +37,12 @@ func (r *namespaceReconciler) setup(mgr ctrl.Manager) error {
 	return ctrl.NewControllerManagedBy(mgr).Named("namespace").
 		For(&corev1.Namespace{}).
 		Watches(&rbacv1.RoleBinding{}, inNamespace).
+		// Those that kube-proxy serves: the cache has no others.
+		WatchesMetadata(&corev1.Service{}, inNamespace).
+		// What a namespace gets follows from the Tenant's spec.
 		Watches(&v1alpha1.Tenant{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, obj client.Object) []reconcile.Request {
 			return r.namespacesOf(ctx, obj.GetName())
-		})).
+		}), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&v1alpha1.User{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, obj client.Object) []reconcile.Request {
 			var requests []reconcile.Request
 			for _, t := range r.tenantsOf(ctx, obj.GetName()) {
@@ -52,12 +55,12 @@ func (r *namespaceReconciler) setup(mgr ctrl.Manager) error {
 
 func (r *namespaceReconciler) namespacesOf(ctx context.Context, tenant string) []reconcile.Request {
 	var list corev1.NamespaceList
-	if err := r.List(ctx, &list, client.MatchingLabels{v1alpha1.LabelTenant: tenant}); err != nil {
+	if err := r.List(ctx, &list, client.MatchingLabels{v1alpha1.LabelTenant: tenant}, client.UnsafeDisableDeepCopy); err != nil {
 		return nil
 	}
 	var requests []reconcile.Request
-	for _, ns := range list.Items {
-		requests = append(requests, request(ns.Name))
+	for i := range list.Items {
+		requests = append(requests, request(list.Items[i].Name))
 	}
 	return requests
 }
@@ -155,17 +158,14 @@ func (r *namespaceReconciler) ensureBindings(ctx context.Context, namespace stri
 // a tenant's to the portals, and those of one that leaves back to kube-proxy.
 // Admission does so for Services that are written while it is a tenant's.
 func (r *namespaceReconciler) ensureServices(ctx context.Context, ns *corev1.Namespace, tenants bool) error {
-	operator := selection.Equals
-	if tenants {
-		operator = selection.NotEquals
-	}
-	others, err := labels.NewRequirement(labelServiceProxyName, operator, []string{v1alpha1.ServiceProxyName})
-	if err != nil {
-		return fmt.Errorf("select Services: %w", err)
+	// The cache has those that are not the portals', and tells when there is another.
+	from, options := client.Reader(r.Client), []client.ListOption{client.InNamespace(ns.Name)}
+	if !tenants {
+		from, options = r.live, append(options, client.MatchingLabels{labelServiceProxyName: v1alpha1.ServiceProxyName})
 	}
 	var list metav1.PartialObjectMetadataList
 	list.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("ServiceList"))
-	if err := r.live.List(ctx, &list, client.InNamespace(ns.Name), client.MatchingLabelsSelector{Selector: labels.NewSelector().Add(*others)}); err != nil {
+	if err := from.List(ctx, &list, options...); err != nil {
 		return fmt.Errorf("list Services of %s: %w", ns.Name, err)
 	}
 	for i := range list.Items {

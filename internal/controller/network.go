@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"strconv"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -46,7 +47,7 @@ type networkReconciler struct {
 func (r *networkReconciler) setup(mgr ctrl.Manager) error {
 	all := handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, _ client.Object) []reconcile.Request {
 		var list v1alpha1.NetworkList
-		if err := r.List(ctx, &list); err != nil {
+		if err := r.List(ctx, &list, client.UnsafeDisableDeepCopy); err != nil {
 			return nil
 		}
 		var requests []reconcile.Request
@@ -72,14 +73,12 @@ func (r *networkReconciler) setup(mgr ctrl.Manager) error {
 
 func (r *networkReconciler) networksOf(ctx context.Context, tenant client.Object) []reconcile.Request {
 	var list v1alpha1.NetworkList
-	if err := r.List(ctx, &list); err != nil {
+	if err := r.List(ctx, &list, client.MatchingFields{fieldTenant: tenant.GetName()}, client.UnsafeDisableDeepCopy); err != nil {
 		return nil
 	}
 	var requests []reconcile.Request
-	for _, n := range list.Items {
-		if n.Spec.Tenant == tenant.GetName() {
-			requests = append(requests, request(n.Name))
-		}
+	for i := range list.Items {
+		requests = append(requests, request(list.Items[i].Name))
 	}
 	return requests
 }
@@ -131,24 +130,15 @@ func (r *networkReconciler) ensure(ctx context.Context, n *v1alpha1.Network) err
 	}
 	before := n.DeepCopy()
 	if n.Status.ID == 0 {
-		var list v1alpha1.NetworkList
-		if err := r.live.List(ctx, &list); err != nil {
-			return fmt.Errorf("list Networks: %w", err)
-		}
-		taken := map[int32]bool{}
-		for _, other := range list.Items {
-			taken[other.Status.ID] = true
-		}
-		id, err := chooseID(n.UID, taken)
-		if err != nil {
+		var err error
+		if n.Status.ID, err = r.freeID(ctx, n.UID); err != nil {
 			return err
 		}
-		n.Status.ID = id
 	}
 	if err := r.count(ctx, n); err != nil {
 		return err
 	}
-	if _, err := r.reapBlocks(ctx, n.Name); err != nil {
+	if _, err := r.reapBlocks(ctx, r.Client, n.Name); err != nil {
 		return err
 	}
 	ready, err := r.ready(ctx, n)
@@ -221,21 +211,16 @@ func (r *networkReconciler) count(ctx context.Context, n *v1alpha1.Network) erro
 
 func (r *networkReconciler) blocks(ctx context.Context, from client.Reader, network string) ([]v1alpha1.Block, error) {
 	var list v1alpha1.BlockList
-	if err := from.List(ctx, &list); err != nil {
+	if err := from.List(ctx, &list, client.MatchingFields{fieldNetwork: network}); err != nil {
 		return nil, fmt.Errorf("list Blocks: %w", err)
 	}
-	var own []v1alpha1.Block
-	for _, b := range list.Items {
-		if b.Spec.Network == network {
-			own = append(own, b)
-		}
-	}
-	return own, nil
+	return list.Items, nil
 }
 
 // reapBlocks deletes the Blocks of nodes that no longer exist, and returns the others.
-func (r *networkReconciler) reapBlocks(ctx context.Context, network string) ([]v1alpha1.Block, error) {
-	blocks, err := r.blocks(ctx, r.live, network)
+// That a node is gone is asked of the API server.
+func (r *networkReconciler) reapBlocks(ctx context.Context, from client.Reader, network string) ([]v1alpha1.Block, error) {
+	blocks, err := r.blocks(ctx, from, network)
 	if err != nil {
 		return nil, err
 	}
@@ -245,7 +230,10 @@ func (r *networkReconciler) reapBlocks(ctx context.Context, network string) ([]v
 		node := blocks[i].Spec.Node
 		known, asked := exists[node]
 		if !asked {
-			err := r.live.Get(ctx, client.ObjectKey{Name: node}, &corev1.Node{})
+			err := r.Get(ctx, client.ObjectKey{Name: node}, &corev1.Node{})
+			if apierrors.IsNotFound(err) {
+				err = r.live.Get(ctx, client.ObjectKey{Name: node}, &corev1.Node{})
+			}
 			if client.IgnoreNotFound(err) != nil {
 				return nil, fmt.Errorf("get the Node %s: %w", node, err)
 			}
@@ -269,7 +257,7 @@ func (r *networkReconciler) finalize(ctx context.Context, n *v1alpha1.Network) e
 	if err := r.live.List(ctx, &namespaces, client.MatchingLabels{v1alpha1.LabelNetwork: n.Name}); err != nil {
 		return fmt.Errorf("list namespaces: %w", err)
 	}
-	held, err := r.reapBlocks(ctx, n.Name)
+	held, err := r.reapBlocks(ctx, r.live, n.Name)
 	if err != nil {
 		return err
 	}
@@ -291,6 +279,27 @@ func (r *networkReconciler) finalize(ctx context.Context, n *v1alpha1.Network) e
 		condition{v1alpha1.ConditionDeleting, true, reason, message},
 		condition{v1alpha1.ConditionReady, false, "Deleting", "the Network is being deleted: " + message})
 	return r.patchStatus(ctx, n, before)
+}
+
+// freeID is a number that no other Network has. It asks the API server: the cache may
+// not know the last one given. What another controller does that believes itself the
+// leader, the lease is against.
+func (r *networkReconciler) freeID(ctx context.Context, uid types.UID) (int32, error) {
+	taken := map[int32]bool{}
+	for {
+		id, err := chooseID(uid, taken)
+		if err != nil {
+			return 0, err
+		}
+		var list v1alpha1.NetworkList
+		if err := r.live.List(ctx, &list, client.MatchingFields{fieldID: strconv.Itoa(int(id))}, client.Limit(1)); err != nil {
+			return 0, fmt.Errorf("look for a Network with the number %d: %w", id, err)
+		}
+		if len(list.Items) == 0 {
+			return id, nil
+		}
+		taken[id] = true
+	}
 }
 
 // chooseID picks a number that no other Network has. It starts at a hash of the

@@ -173,15 +173,10 @@ func (r *tenantReconciler) ensureNetwork(ctx context.Context, t *v1alpha1.Tenant
 // ensureRoles keeps the ClusterRole and the ClusterRoleBindings of the tenant.
 func (r *tenantReconciler) ensureRoles(ctx context.Context, t *v1alpha1.Tenant, namespaces []string, disabled tenancy.Disabled) error {
 	var networks v1alpha1.NetworkList
-	if err := r.List(ctx, &networks); err != nil {
+	if err := r.List(ctx, &networks, client.MatchingFields{fieldTenant: t.Name}, client.UnsafeDisableDeepCopy); err != nil {
 		return fmt.Errorf("list Networks: %w", err)
 	}
-	var own []string
-	for _, n := range networks.Items {
-		if n.Spec.Tenant == t.Name {
-			own = append(own, n.Name)
-		}
-	}
+	own := names(networks.Items, func(n *v1alpha1.Network) string { return n.Name })
 	role := tenancy.MemberRole(t.Name, own, namespaces)
 	var have rbacv1.ClusterRole
 	switch err := r.Get(ctx, client.ObjectKeyFromObject(&role), &have); {
@@ -324,10 +319,10 @@ func (r *tenantReconciler) finalize(ctx context.Context, t *v1alpha1.Tenant) err
 	}
 
 	var networks v1alpha1.NetworkList
-	if err := r.live.List(ctx, &networks); err != nil {
+	if err := r.live.List(ctx, &networks, client.MatchingFields{fieldTenant: t.Name}); err != nil {
 		return fmt.Errorf("list Networks: %w", err)
 	}
-	own := slices.DeleteFunc(networks.Items, func(n v1alpha1.Network) bool { return n.Spec.Tenant != t.Name })
+	own := networks.Items
 	for i := range own {
 		if err := r.remove(ctx, &own[i]); err != nil {
 			return fmt.Errorf("delete the Network %s: %w", own[i].Name, err)

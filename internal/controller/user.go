@@ -9,9 +9,11 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"h8s.io/hypernetes/api/v1alpha1"
@@ -36,7 +38,7 @@ func (r *userReconciler) setup(mgr ctrl.Manager) error {
 				}
 			}
 			return requests
-		})).
+		}), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Complete(r)
 }
 
@@ -51,16 +53,16 @@ func (r *userReconciler) Reconcile(ctx context.Context, req reconcile.Request) (
 	case u.DeletionTimestamp != nil:
 		return reconcile.Result{}, nil
 	}
-	var tenants v1alpha1.TenantList
-	if err := r.List(ctx, &tenants); err != nil {
-		return reconcile.Result{}, fmt.Errorf("list Tenants: %w", err)
+	tenants, err := r.memberships(ctx, u.Name)
+	if err != nil {
+		return reconcile.Result{}, err
 	}
 	if err := r.ensureRenewal(ctx, &u); err != nil {
 		return outcome(err)
 	}
 	before := u.DeepCopy()
 	u.Status.ObservedGeneration = u.Generation
-	u.Status.Tenants = tenancy.TenantsOf(tenants.Items, u.Name)
+	u.Status.Tenants = tenants
 	ready := condition{v1alpha1.ConditionReady, true, "Active", "memberships of this User are in force, and its certificate is renewed"}
 	if u.Spec.Disabled {
 		ready = condition{v1alpha1.ConditionReady, false, "Disabled", "memberships of this User count for nothing, and its certificate is not renewed; what it has by a group stays until the identity provider takes it away, and tokens of ServiceAccounts that it made stay; set spec.disabled to false to restore the User"}

@@ -79,12 +79,12 @@ func (w *namespaceWebhook) choose(ctx context.Context, req admission.Request, ns
 	if disabled[req.UserInfo.Username] {
 		return nil, fmt.Errorf("the User %q is disabled: ask an operator to enable it", req.UserInfo.Username), nil
 	}
-	var tenants v1alpha1.TenantList
-	if err := w.List(ctx, &tenants); err != nil {
-		return nil, nil, fmt.Errorf("list Tenants: %w", err)
-	}
 	who := tenancy.Requester{Name: req.UserInfo.Username, Groups: req.UserInfo.Groups}
-	tenant, refusal = tenancy.ChooseTenant(tenants.Items, who, ns.Labels[v1alpha1.LabelTenant])
+	tenants, err := tenantsWith(ctx, w.Client, who)
+	if err != nil {
+		return nil, nil, err
+	}
+	tenant, refusal = tenancy.ChooseTenant(tenants, who, ns.Labels[v1alpha1.LabelTenant])
 	if refusal != nil {
 		return nil, refusal, nil
 	}
@@ -161,16 +161,10 @@ func (w *networkWebhook) createNetwork(ctx context.Context, n *v1alpha1.Network)
 		return fmt.Errorf("spec.cidrs: %w", refusal), nil
 	}
 	var list v1alpha1.NetworkList
-	if err := w.live.List(ctx, &list); err != nil {
+	if err := w.live.List(ctx, &list, client.MatchingFields{fieldTenant: t.Name}); err != nil {
 		return nil, fmt.Errorf("list Networks: %w", err)
 	}
-	have := 0
-	for _, other := range list.Items {
-		if other.Spec.Tenant == t.Name {
-			have++
-		}
-	}
-	return tenancy.CheckQuota(t.Name, "networks", have, t.Spec.Quota.Networks), nil
+	return tenancy.CheckQuota(t.Name, "networks", len(list.Items), t.Spec.Quota.Networks), nil
 }
 
 func (w *networkWebhook) createTenant(ctx context.Context, t *v1alpha1.Tenant) (refusal, err error) {
