@@ -63,6 +63,7 @@ func main() {
 	flag.IntVar(&o.tenants, "tenants", 1000, "tenants to make (suite tenancy)")
 	flag.StringVar(&o.root, "root", ".", "directory of the project, for the chart (suite tenancy)")
 	flag.StringVar(&o.plots, "plots", "", "directory for a plot (SVG) of each curve (default none)")
+	flag.StringVar(&o.profiles, "profiles", "", "directory for profiles of the controller with all tenants (suite tenancy; default none)")
 	flag.StringVar(&o.from, "from", "", "measure nothing: plot and print the results of this file")
 	flag.BoolVar(&o.keep, "keep", false, "leave the cluster that was made up")
 	flag.StringVar(&o.suite, "suite", productSuite, "what to measure: "+strings.Join(slices.Sorted(maps.Keys(suites())), " or "))
@@ -82,6 +83,7 @@ type options struct {
 	cluster, bin, out    string
 	suite, output        string
 	root, plots, from    string
+	profiles             string
 	rounds, adds, starts int
 	bursts, pods         int
 	tenants              int
@@ -115,6 +117,7 @@ func suites() map[string][]section {
 		tenancySuite: {
 			{"tenants", measureTenants},
 			{tokensSection, measureTokensAlone},
+			{"without", measureWithout},
 			{"deletion", measureDeletion},
 		},
 		hyperSuite: {
@@ -163,8 +166,8 @@ func run(o options) (err error) {
 		}
 	}
 	switch {
-	case min(o.rounds, o.adds, o.starts, o.bursts, o.pods, o.tenants-1) < 1:
-		return errors.New("-rounds, -adds, -starts, -bursts and -pods must be 1 at least, -tenants 2")
+	case min(o.rounds, o.adds, o.starts, o.bursts, o.pods, o.tenants-2) < 1:
+		return errors.New("-rounds, -adds, -starts, -bursts and -pods must be 1 at least, -tenants 3")
 	case o.output != "table" && o.output != "json":
 		return fmt.Errorf("-output %q: there are table and json", o.output)
 	case os.Geteuid() != 0:

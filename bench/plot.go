@@ -33,7 +33,7 @@ type Series struct {
 
 // slope is that of the straight line that fits best (least squares), NaN for fewer
 // than two places.
-func (s *Series) slope() float64 {
+func (s Series) slope() float64 {
 	n := float64(len(s.X))
 	var sx, sy, sxx, sxy float64
 	for i := range s.X {
@@ -47,7 +47,7 @@ func (s *Series) slope() float64 {
 const (
 	plotWidth, plotHeight                = 720, 320
 	marginLeft, marginRight              = 64, 16
-	marginTop, marginBottom              = 56, 48
+	marginTop, marginBottom              = 74, 48
 	innerWidth                           = plotWidth - marginLeft - marginRight
 	innerHeight                          = plotHeight - marginTop - marginBottom
 	ticksX, ticksY                       = 8, 5
@@ -115,8 +115,12 @@ func (c Curve) svg(out io.Writer) error {
 		line("target", marginLeft, y(c.Target), plotWidth-marginRight, y(c.Target))
 		text("name", "end", plotWidth-marginRight, y(c.Target)-5, "target")
 	}
-	at := float64(marginLeft)
+	at, row := float64(marginLeft), 36.0
 	for i, s := range c.Series {
+		width := legendSwatch + 22 + 0.52*plotFontSize*float64(len(s.Name))
+		if at+width > plotWidth && at > marginLeft {
+			at, row = marginLeft, row+18
+		}
 		fmt.Fprintf(&b, `<g class="s%d"><path class="line" d="`, i%4)
 		for j := range s.X {
 			fmt.Fprintf(&b, "%c%.1f %.1f", "ML"[min(j, 1)], x(s.X[j]), y(s.Y[j]))
@@ -127,9 +131,9 @@ func (c Curve) svg(out io.Writer) error {
 				fmt.Fprintf(&b, `<circle class="dot" cx="%.1f" cy="%.1f" r="3"/>`, x(s.X[j]), y(s.Y[j]))
 			}
 		}
-		fmt.Fprintf(&b, `<path class="line" d="M%.1f 36h%d"/></g>`+"\n", at, legendSwatch)
-		text("name", "start", at+legendSwatch+5, 40, s.Name)
-		at += legendSwatch + 22 + 0.54*plotFontSize*float64(len(s.Name))
+		fmt.Fprintf(&b, `<path class="line" d="M%.1f %.0fh%d"/></g>`+"\n", at, row, legendSwatch)
+		text("name", "start", at+legendSwatch+5, row+4, s.Name)
+		at += width
 	}
 	fmt.Fprintln(&b, "</svg>")
 	_, err := io.WriteString(out, b.String())

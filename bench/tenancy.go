@@ -130,7 +130,11 @@ func measureTenants(ctx context.Context, l *lab, o options, p *progress) ([]Row,
 		return nil, err
 	}
 	for _, n := range checkpoints(o.tenants) {
-		if err := c.grow(ctx, n); err != nil {
+		finish := func() error { return nil }
+		if n == o.tenants && o.profiles != "" {
+			finish = c.profile(ctx, o.profiles)
+		}
+		if err := errors.Join(c.grow(ctx, n), finish()); err != nil {
 			return nil, err
 		}
 		for _, measure := range []func(context.Context) error{c.measureMemory, c.measureGets, c.measureQuota, c.measureTokens, c.measureRestart} {
@@ -183,6 +187,23 @@ func (c *crowd) grow(ctx context.Context, n int) error {
 	}
 	c.note("controller's requests per tenant", (after-before)/float64(added))
 	return nil
+}
+
+// profile takes one of the controller's CPU time while the last tenants are made, and
+// when that is finished one of its heap (go tool pprof reads them).
+func (c *crowd) profile(ctx context.Context, dir string) (finish func() error) {
+	const seconds = 20
+	done := make(chan error, 1)
+	go func() {
+		err := os.MkdirAll(dir, 0o755)
+		if err == nil {
+			err = c.Controller.Profile(ctx, fmt.Sprintf("profile?seconds=%d", seconds), filepath.Join(dir, "cpu.pprof"))
+		}
+		done <- err
+	}()
+	return func() error {
+		return errors.Join(<-done, c.Controller.Profile(ctx, "heap?gc=1", filepath.Join(dir, "heap.pprof")))
+	}
 }
 
 // inParallel calls for each number from first on below end, a few at a time.
@@ -301,7 +322,7 @@ func (c *crowd) idle(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	least := map[string]int{"tenant": c.count, "network": c.count, "namespace": namespacesPerTenant * c.count, "user": len(memberRoles()) * c.count}
-	return apiwait.PollUntilContextCancel(ctx, 50*time.Millisecond, true, func(ctx context.Context) (bool, error) {
+	return apiwait.PollUntilContextCancel(ctx, 100*time.Millisecond, true, func(ctx context.Context) (bool, error) {
 		m, err := c.Controller.Metrics(ctx)
 		if err != nil {
 			return false, fmt.Errorf("ask the controller what it does: %w", err)
@@ -438,7 +459,9 @@ func (c *crowd) rows() ([]Row, error) {
 	}
 	value("controller's requests per tenant", "", 0)
 	for _, of := range []string{"heap", "RSS"} {
-		slope := c.values["controller's "+of].slope()
+		// Without the first place, no tenants: what is allocated once is in all the others.
+		all := c.values["controller's "+of]
+		slope := Series{X: all.X[1:], Y: all.Y[1:]}.slope()
 		rows = append(rows, absolute(end, "controller's "+of+" per tenant", "KB", newSide("h8s-controller", []float64{1000 * slope}), &Target{Value: memoryTarget}))
 	}
 	value("restart to ready", "s", 0)

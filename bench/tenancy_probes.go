@@ -13,7 +13,9 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	flowcontrolv1 "k8s.io/api/flowcontrol/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	apimeta "k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	apiwait "k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/rest"
@@ -78,10 +80,23 @@ func getters() []getter {
 	}
 }
 
-// measureGets compares requests that hardly cost anything, GET /version, by who sends
-// them: RBAC and flow control (API Priority and Fairness) look through lists that grow
-// with the tenants.
+// measureGets compares requests that hardly cost anything by who sends them.
 func (c *crowd) measureGets(ctx context.Context) error {
+	took, err := c.gets(ctx)
+	if err != nil {
+		return err
+	}
+	for _, who := range getters() {
+		c.note("GET by "+who.name+", p50", median(took[who.name]))
+		c.note("GET by "+who.name+", p99", quantile(took[who.name], 0.99))
+	}
+	return nil
+}
+
+// gets are the milliseconds of GET /version by each of the getters, who take turns:
+// RBAC and flow control (API Priority and Fairness) look through lists that grow with
+// the tenants.
+func (c *crowd) gets(ctx context.Context) (map[string][]float64, error) {
 	took := map[string][]float64{}
 	clients := map[string]*http.Client{}
 	for _, who := range getters() {
@@ -89,33 +104,111 @@ func (c *crowd) measureGets(ctx context.Context) error {
 		config.Impersonate = rest.ImpersonationConfig{UserName: who.user, Groups: append(who.groups, "system:authenticated")}
 		var err error
 		if clients[who.name], err = rest.HTTPClientFor(config); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	for range getSamples {
 		for _, who := range getters() {
 			req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(c.Config.Host, "/")+"/version", nil)
 			if err != nil {
-				return err
+				return nil, err
 			}
 			began := time.Now()
 			resp, err := clients[who.name].Do(req)
 			if err != nil {
-				return err
+				return nil, err
 			}
 			_, err = io.Copy(io.Discard, resp.Body)
 			took[who.name] = append(took[who.name], milliseconds(time.Since(began)))
 			resp.Body.Close()
 			if err != nil || resp.StatusCode != http.StatusOK {
-				return errors.Join(err, fmt.Errorf("GET /version by %s is answered with %s", who.name, resp.Status))
+				return nil, errors.Join(err, fmt.Errorf("GET /version by %s is answered with %s", who.name, resp.Status))
 			}
 		}
 	}
-	for _, who := range getters() {
-		c.note("GET by "+who.name+", p50", median(took[who.name]))
-		c.note("GET by "+who.name+", p99", quantile(took[who.name], 0.99))
+	return took, nil
+}
+
+// measureWithout takes away, one after the other, what the API server looks through at
+// each request, and puts it back.
+func measureWithout(ctx context.Context, l *lab, _ options, p *progress) ([]Row, error) {
+	c := l.crowd
+	if c.count == 0 {
+		return nil, errors.New("there are no tenants: run the section tenants as well")
 	}
-	return nil
+	p.say("small requests without FlowSchemas and ClusterRoleBindings of tenants")
+	with, err := c.gets(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.StopController(); err != nil {
+		return nil, err
+	}
+	var rows []Row
+	for _, step := range []struct {
+		name string
+		kind client.Object
+		list client.ObjectList
+	}{
+		{"FlowSchemas", &flowcontrolv1.FlowSchema{}, &flowcontrolv1.FlowSchemaList{}},
+		{"FlowSchemas and ClusterRoleBindings", &rbacv1.ClusterRoleBinding{}, &rbacv1.ClusterRoleBindingList{}},
+	} {
+		if err := c.List(ctx, step.list, client.HasLabels{v1alpha1.LabelManagedBy}); err != nil {
+			return nil, err
+		}
+		n := apimeta.LenList(step.list)
+		if err := c.DeleteAllOf(ctx, step.kind, client.MatchingLabels{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy}); err != nil {
+			return nil, fmt.Errorf("delete the %s: %w", step.name, err)
+		}
+		if err := c.settleFlows(ctx); err != nil {
+			return nil, err
+		}
+		without, err := c.gets(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, who := range getters() {
+			r, err := row(fmt.Sprintf("%d tenants", c.count), "GET by "+who.name+", p50", "ms",
+				newSide("as it is", []float64{median(with[who.name])}), newSide("without "+step.name, []float64{median(without[who.name])}), nil)
+			if err != nil {
+				return nil, err
+			}
+			r.Note = fmt.Sprintf("%d %T", n, step.kind)
+			rows = append(rows, r)
+		}
+	}
+	if err := c.StartController(ctx); err != nil {
+		return nil, err
+	}
+	return rows, c.idle(ctx)
+}
+
+// settleFlows returns when the API server puts a tenant's member into no FlowSchema of
+// the tenant's: it learns of objects by watches, and of all kinds at about the same time.
+func (c *crowd) settleFlows(ctx context.Context) error {
+	config := rest.CopyConfig(c.Config)
+	config.Impersonate = rest.ImpersonationConfig{UserName: nthMember(0, 0), Groups: []string{"system:authenticated"}}
+	httpClient, err := rest.HTTPClientFor(config)
+	if err != nil {
+		return err
+	}
+	var everybody flowcontrolv1.FlowSchema
+	if err := c.Get(ctx, client.ObjectKey{Name: "global-default"}, &everybody); err != nil {
+		return err
+	}
+	return apiwait.PollUntilContextTimeout(ctx, 50*time.Millisecond, readyLimit, true, func(ctx context.Context) (bool, error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(c.Config.Host, "/")+"/version", nil)
+		if err != nil {
+			return false, err
+		}
+		resp, err := httpClient.Do(req)
+		if err != nil {
+			return false, err
+		}
+		defer resp.Body.Close()
+		_, err = io.Copy(io.Discard, resp.Body)
+		return resp.Header.Get(flowcontrolv1.ResponseHeaderMatchedFlowSchemaUID) == string(everybody.UID), err
+	})
 }
 
 // makeRivals makes the namespaces of nobody, half of them with a ResourceQuota.

@@ -17,7 +17,7 @@ func TestTenancySuite(t *testing.T) {
 	dir := t.TempDir()
 	o := options{
 		suite: tenancySuite, bin: "../bin", root: "..", out: filepath.Join(dir, "out.json"), plots: filepath.Join(dir, "plots"), output: "table",
-		rounds: 1, adds: 1, starts: 1, bursts: 1, pods: 1, tenants: 3, only: []string{"tenants", "deletion"},
+		rounds: 1, adds: 1, starts: 1, bursts: 1, pods: 1, tenants: 3, only: []string{"tenants", "without", "deletion"},
 	}
 	if err := run(o); err != nil {
 		t.Fatal(err)
@@ -137,7 +137,7 @@ func TestPlot(t *testing.T) {
 		}
 	}
 	// The highest value is at the top, the last at the right end.
-	if !strings.Contains(out.String(), `cx="704.0" cy="56.0"`) {
+	if !strings.Contains(out.String(), `cx="704.0" cy="74.0"`) {
 		t.Errorf("no dot at the top right:\n%s", out.String())
 	}
 	if err := (Curve{Series: []Series{{X: []float64{1}}}}).svg(io.Discard); err == nil {

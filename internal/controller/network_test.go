@@ -98,6 +98,32 @@ func TestNetworkNumbers(t *testing.T) {
 	})
 }
 
+// A number is given once, also if the cache does not know yet who has it.
+func TestNetworkNumberTaken(t *testing.T) {
+	ctx := t.Context()
+	newTenant(t, tenantOf("numbers", "10.0.0.0/16"))
+	const uid = "of another Network"
+	wanted, err := chooseID(uid, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &networkReconciler{objects: objects{live: cluster.admin}}
+	if id, err := r.freeID(ctx, uid); err != nil || id != wanted {
+		t.Errorf("nobody has it: %d, %v, want %d", id, err, wanted)
+	}
+	eventually(t, func() error {
+		var n v1alpha1.Network
+		if err := cluster.admin.Get(ctx, client.ObjectKey{Name: "numbers"}, &n); err != nil {
+			return err
+		}
+		n.Status.ID = wanted
+		return cluster.admin.Status().Update(ctx, &n)
+	})
+	if id, err := r.freeID(ctx, uid); err != nil || id != wanted+1 {
+		t.Errorf("another has it: %d, %v, want %d", id, err, wanted+1)
+	}
+}
+
 func TestNetworkAdmission(t *testing.T) {
 	ctx := t.Context()
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "adm-node"}, Spec: corev1.NodeSpec{PodCIDR: "10.200.7.0/24", PodCIDRs: []string{"10.200.7.0/24"}}}

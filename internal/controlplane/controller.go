@@ -50,7 +50,7 @@ func (p *Plane) StartController(ctx context.Context) error {
 	if p.opts.KeystoneClouds != "" {
 		args = append(args, "--keystone-clouds="+p.opts.KeystoneClouds, "--keystone-fresh=10s")
 	}
-	c := &Controller{Started: time.Now(), health: addresses[0], metrics: addresses[1], pprof: addresses[2], http: &http.Client{Timeout: startTimeout}}
+	c := &Controller{Started: time.Now(), health: addresses[0], metrics: addresses[1], pprof: addresses[2], http: &http.Client{Timeout: startTimeout, Transport: &http.Transport{DisableCompression: true}}}
 	if c.process, err = p.run(account, []string{"KUBECONFIG=" + kubeconfig}, args...); err != nil {
 		return err
 	}
@@ -123,7 +123,7 @@ func (c *Controller) Heap(ctx context.Context) (float64, error) {
 	return 0, errors.New("the controller's heap profile has no HeapAlloc")
 }
 
-// Profile writes a profile of the process to a file: "profile?seconds=5", "allocs", …
+// Profile writes a profile of the process to a file: "profile?seconds=5", say.
 func (c *Controller) Profile(ctx context.Context, what, path string) error {
 	data, err := c.get(ctx, c.pprof, "/debug/pprof/"+what)
 	if err != nil {

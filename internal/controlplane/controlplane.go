@@ -113,7 +113,7 @@ func (p *Plane) Close() error {
 // startAPIServer also starts etcd. Its requests in flight are limited as those of
 // the embedded cluster.
 func (p *Plane) startAPIServer(ctx context.Context) error {
-	p.env = &envtest.Environment{BinaryAssetsDirectory: p.opts.Bin, ControlPlaneStopTimeout: time.Minute}
+	p.env = &envtest.Environment{BinaryAssetsDirectory: p.opts.Bin, ControlPlaneStartTimeout: 2 * time.Minute, ControlPlaneStopTimeout: time.Minute}
 	kubeconfig := clientcmdapi.NewConfig()
 	kubeconfig.Clusters["h8s"] = &clientcmdapi.Cluster{Server: p.webhook(apiserver.AuthorizePath), CertificateAuthorityData: p.hooks.LocalServingCAData}
 	kubeconfig.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
