@@ -126,7 +126,7 @@ func (p Prefix) identify(t *token) (*Identity, error) {
 		return nil, errIncomplete
 	}
 	id := &Identity{
-		Username: p.join("", t.User.Domain.Name, t.User.Name),
+		Username: p.user(t.User),
 		UID:      t.User.ID,
 		Extra: map[string][]string{
 			ExtraUserID:       {t.User.ID},
@@ -153,7 +153,7 @@ func (p Prefix) identify(t *token) (*Identity, error) {
 		id.Extra[ExtraDomainID] = []string{project.Domain.ID}
 		id.Groups = append(id.Groups, p.join("project:", project.Domain.Name, project.Name), p.join("project-id:", project.ID))
 		for _, role := range t.Roles {
-			id.Groups = append(id.Groups, p.join("role:", project.Domain.Name, project.Name, role.Name), p.join("role-id:", project.ID, role.Name))
+			id.Groups = append(id.Groups, p.join("role:", project.Domain.Name, project.Name, role.Name), p.roleByID(project.ID, role.Name))
 		}
 	case t.Domain != nil:
 		domain := t.Domain
@@ -173,6 +173,10 @@ func (p Prefix) identify(t *token) (*Identity, error) {
 func (n named) complete() bool { return n.ID != "" && n.Name != "" }
 
 func (o owned) complete() bool { return o.named.complete() && o.Domain.complete() }
+
+func (p Prefix) user(u owned) string { return p.join("", u.Domain.Name, u.Name) }
+
+func (p Prefix) roleByID(project, role string) string { return p.join("role-id:", project, role) }
 
 // join makes one name of the parts.
 func (p Prefix) join(kind string, parts ...string) string {

@@ -252,7 +252,12 @@ func newGate(t *testing.T) *gate {
 // service is a Service of a new service user, whose clouds.yaml names the gate.
 func (g *gate) service(t *testing.T) (s *Service, cloudsFile string) {
 	t.Helper()
-	config := must[[]byte](t)(server.EnsureServiceUser(t.Context(), unique("h8s"), "h8s"))
+	return g.serviceOf(t, must[[]byte](t)(server.EnsureServiceUser(t.Context(), unique("h8s"), "h8s")))
+}
+
+// serviceOf is a Service with the clouds.yaml of Keystone, which is made to name the gate.
+func (g *gate) serviceOf(t *testing.T, config []byte) (s *Service, cloudsFile string) {
+	t.Helper()
 	config = bytes.ReplaceAll(config, []byte(server.URL()), []byte(g.URL+"/v3"))
 	path := filepath.Join(t.TempDir(), "clouds.yaml")
 	ok(t, os.WriteFile(path, config, 0o600))

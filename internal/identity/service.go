@@ -20,8 +20,8 @@ import (
 // and again when its token ends or is refused; the credentials are read anew each
 // time, so that they may be replaced at any time.
 //
-// The user needs the role `service` in some project, and no other: that lets it
-// validate tokens.
+// To validate tokens the user needs the role `service` in some project, and no other; to
+// be a Directory's, the role `reader` on the system.
 type Service struct {
 	path, cloud string
 	now         func() time.Time
@@ -70,47 +70,56 @@ func (s *Service) credentials() (*gophercloud.AuthOptions, *tls.Config, error) {
 }
 
 // ask implements asker.
-func (s *Service) ask(ctx context.Context, subject string) (*token, error) {
-	session, err := s.session(ctx)
-	if err != nil {
-		return nil, err
-	}
-	t, status, err := session.ask(ctx, subject)
-	if status == http.StatusUnauthorized {
-		// It is our own token that Keystone does not accept, which says nothing about the
-		// other. It may have been revoked.
-		s.forget(session)
-		if session, err = s.session(ctx); err != nil {
-			return nil, err
-		}
-		t, _, err = session.ask(ctx, subject)
+func (s *Service) ask(ctx context.Context, subject string) (t *token, err error) {
+	err = s.use(ctx, func(client *gophercloud.ServiceClient) (err error) {
+		t, err = question(ctx, client, subject)
+		return err
+	})
+	if unexpected := (gophercloud.ErrUnexpectedResponseCode{}); errors.As(err, &unexpected) {
+		return nil, verdict(unexpected.Actual)
 	}
 	return t, err
 }
 
-// ask is one request.
-func (s *session) ask(ctx context.Context, subject string) (t *token, status int, err error) {
+// use makes requests as the service user. If Keystone answers that it does not accept
+// our own token, which may have been revoked, the requests are made once more with
+// another.
+func (s *Service) use(ctx context.Context, requests func(*gophercloud.ServiceClient) error) error {
+	session, err := s.session(ctx)
+	if err != nil {
+		return err
+	}
+	err = requests(session.client)
+	if !gophercloud.ResponseCodeIs(err, http.StatusUnauthorized) {
+		return err
+	}
+	s.forget(session)
+	if session, err = s.session(ctx); err != nil {
+		return err
+	}
+	return requests(session.client)
+}
+
+// question is one request about a token.
+func question(ctx context.Context, client *gophercloud.ServiceClient, subject string) (*token, error) {
 	var body struct {
 		Token *token `json:"token"`
 	}
 	// Without the catalogue the answer is a tenth as long.
-	resp, err := s.client.Get(ctx, s.client.ServiceURL("auth", "tokens")+"?nocatalog", &body, &gophercloud.RequestOpts{
+	resp, err := client.Get(ctx, client.ServiceURL("auth", "tokens")+"?nocatalog", &body, &gophercloud.RequestOpts{
 		MoreHeaders: map[string]string{"X-Subject-Token": subject},
 		OkCodes:     []int{http.StatusOK, http.StatusNonAuthoritativeInfo},
 	})
 	if resp != nil {
 		_ = resp.Body.Close()
 	}
-	var unexpected gophercloud.ErrUnexpectedResponseCode
 	switch {
-	case errors.As(err, &unexpected):
-		return nil, unexpected.Actual, verdict(unexpected.Actual)
 	case err != nil:
-		return nil, 0, err
+		return nil, err
 	case body.Token == nil:
-		return nil, http.StatusOK, errors.New("Keystone's answer has no token in it")
+		return nil, errors.New("Keystone's answer has no token in it")
 	}
-	return body.Token, http.StatusOK, nil
+	return body.Token, nil
 }
 
 // forget ends the use of a session, unless another has replaced it already.

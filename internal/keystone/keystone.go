@@ -138,23 +138,31 @@ func (k *Keystone) AdminPassword() string { return k.password }
 // AdminCloud is the administrator's clouds.yaml, with one cloud of the given name.
 // See https://docs.openstack.org/openstacksdk/latest/user/config/configuration.html.
 func (k *Keystone) AdminCloud(cloud string) []byte {
-	return k.clouds(cloud, AdminUser, k.password, AdminUser)
+	return k.clouds(cloud, AdminUser, k.password, inProject(AdminUser))
+}
+
+// The first line of a clouds.yaml, and what the users of one log in to.
+const (
+	cloudsHeader = "clouds:\n"
+	onSystem     = "system_scope: all"
+)
+
+func inProject(name string) string {
+	return "project_name: " + name + "\n      project_domain_name: " + defaultDomain
 }
 
 // clouds is the clouds.yaml of a user of the domain Default.
-func (k *Keystone) clouds(cloud, user, password, project string) []byte {
-	return fmt.Appendf(nil, `clouds:
-  %s:
+func (k *Keystone) clouds(cloud, user, password, scope string) []byte {
+	return fmt.Appendf([]byte(cloudsHeader), `  %s:
     auth:
       auth_url: %s
       username: %s
       password: %s
-      project_name: %s
       user_domain_name: %s
-      project_domain_name: %s
+      %s
     region_name: %s
     identity_api_version: 3
-`, cloud, k.URL(), user, password, project, defaultDomain, defaultDomain, Region)
+`, cloud, k.URL(), user, password, defaultDomain, scope, Region)
 }
 
 func (k *Keystone) path(elem ...string) string {

@@ -1,6 +1,7 @@
 package keystone
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net/http"
@@ -18,6 +19,8 @@ import (
 const (
 	ServiceRole    = "service"
 	ServiceProject = "service"
+	// readerRole is one that every Keystone has. On the system, it reads everything.
+	readerRole = "reader"
 	// defaultDomainID is the id of the domain Default.
 	defaultDomainID = "default"
 	requestTimeout  = 30 * time.Second
@@ -55,47 +58,110 @@ func (k *Keystone) EnsureServiceUser(ctx context.Context, user, cloud string) ([
 	if err := ensureServiceUser(ctx, admin, user, password); err != nil {
 		return nil, fmt.Errorf("make the service user %s in Keystone: %w", user, err)
 	}
-	return k.clouds(cloud, user, password, ServiceProject), nil
+	return k.clouds(cloud, user, password, inProject(ServiceProject)), nil
 }
 
-// ensureServiceUser creates what is not there yet: a conflict means that it is.
+// EnsureReader makes a user that may read projects and who has which role in them, and
+// everything else that is in Keystone but secrets, and change nothing. It returns its
+// clouds.yaml, with one cloud of the given name. Keystone must run.
+func (k *Keystone) EnsureReader(ctx context.Context, user, cloud string) ([]byte, error) {
+	admin, err := k.Admin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	password, err := k.ensurePassword(user)
+	if err != nil {
+		return nil, err
+	}
+	ensure := func() error {
+		userID, err := ensureUser(ctx, admin, user, password)
+		if err != nil {
+			return err
+		}
+		roleID, err := findRole(ctx, admin, readerRole)
+		if err != nil {
+			return err
+		}
+		return roles.Assign(ctx, admin, roleID, roles.AssignOpts{UserID: userID, System: true}).ExtractErr()
+	}
+	if err := ensure(); err != nil {
+		return nil, fmt.Errorf("make the user %s, who reads, in Keystone: %w", user, err)
+	}
+	return k.clouds(cloud, user, password, onSystem), nil
+}
+
+// Clouds puts the clouds of several of this package's clouds.yaml into one.
+func Clouds(files ...[]byte) []byte {
+	all := []byte(cloudsHeader)
+	for _, file := range files {
+		all = append(all, bytes.TrimPrefix(file, []byte(cloudsHeader))...)
+	}
+	return all
+}
+
+// there says that what was to be created is there: a conflict means that it was before.
+func there(err error) bool { return err == nil || gophercloud.ResponseCodeIs(err, http.StatusConflict) }
+
+// ensureServiceUser creates what is not there yet.
 func ensureServiceUser(ctx context.Context, admin *gophercloud.ServiceClient, user, password string) error {
-	there := func(err error) bool { return err == nil || gophercloud.ResponseCodeIs(err, http.StatusConflict) }
 	if _, err := roles.Create(ctx, admin, roles.CreateOpts{Name: ServiceRole}).Extract(); !there(err) {
 		return err
 	}
 	if _, err := projects.Create(ctx, admin, projects.CreateOpts{Name: ServiceProject, DomainID: defaultDomainID}).Extract(); !there(err) {
 		return err
 	}
-	if _, err := users.Create(ctx, admin, users.CreateOpts{Name: user, DomainID: defaultDomainID, Password: password}).Extract(); !there(err) {
-		return err
-	}
-	rolePages, err := roles.List(admin, roles.ListOpts{Name: ServiceRole}).AllPages(ctx)
+	userID, err := ensureUser(ctx, admin, user, password)
 	if err != nil {
 		return err
 	}
-	role, err := roles.ExtractRoles(rolePages)
+	roleID, err := findRole(ctx, admin, ServiceRole)
 	if err != nil {
 		return err
 	}
-	projectPages, err := projects.List(admin, projects.ListOpts{Name: ServiceProject, DomainID: defaultDomainID}).AllPages(ctx)
+	pages, err := projects.List(admin, projects.ListOpts{Name: ServiceProject, DomainID: defaultDomainID}).AllPages(ctx)
 	if err != nil {
 		return err
 	}
-	project, err := projects.ExtractProjects(projectPages)
+	found, err := projects.ExtractProjects(pages)
 	if err != nil {
 		return err
 	}
-	userPages, err := users.List(admin, users.ListOpts{Name: user, DomainID: defaultDomainID}).AllPages(ctx)
+	if len(found) != 1 {
+		return fmt.Errorf("found %d projects %s, want one", len(found), ServiceProject)
+	}
+	return roles.Assign(ctx, admin, roleID, roles.AssignOpts{UserID: userID, ProjectID: found[0].ID}).ExtractErr()
+}
+
+// ensureUser is the id of the user, which is in the domain Default.
+func ensureUser(ctx context.Context, admin *gophercloud.ServiceClient, name, password string) (string, error) {
+	if _, err := users.Create(ctx, admin, users.CreateOpts{Name: name, DomainID: defaultDomainID, Password: password}).Extract(); !there(err) {
+		return "", err
+	}
+	pages, err := users.List(admin, users.ListOpts{Name: name, DomainID: defaultDomainID}).AllPages(ctx)
 	if err != nil {
-		return err
+		return "", err
 	}
-	found, err := users.ExtractUsers(userPages)
+	found, err := users.ExtractUsers(pages)
 	if err != nil {
-		return err
+		return "", err
 	}
-	if len(role) != 1 || len(project) != 1 || len(found) != 1 {
-		return fmt.Errorf("found %d roles, %d projects and %d users of their names, want one of each", len(role), len(project), len(found))
+	if len(found) != 1 {
+		return "", fmt.Errorf("found %d users %s, want one", len(found), name)
 	}
-	return roles.Assign(ctx, admin, role[0].ID, roles.AssignOpts{UserID: found[0].ID, ProjectID: project[0].ID}).ExtractErr()
+	return found[0].ID, nil
+}
+
+func findRole(ctx context.Context, admin *gophercloud.ServiceClient, name string) (string, error) {
+	pages, err := roles.List(admin, roles.ListOpts{Name: name}).AllPages(ctx)
+	if err != nil {
+		return "", err
+	}
+	found, err := roles.ExtractRoles(pages)
+	if err != nil {
+		return "", err
+	}
+	if len(found) != 1 {
+		return "", fmt.Errorf("found %d roles %s, want one", len(found), name)
+	}
+	return found[0].ID, nil
 }
