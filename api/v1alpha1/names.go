@@ -28,6 +28,10 @@ const (
 	// LabelHyper on a Node says what executes the virtual machines of its pods, kvm or
 	// tcg, once that is known.
 	LabelHyper = "h8s.io/hyper"
+	// LabelProject on a Tenant is the id of the project of Keystone's whose people are
+	// its members, and AnnotationProject that project's name: DOMAIN/PROJECT.
+	LabelProject      = "h8s.io/keystone-project-id"
+	AnnotationProject = "h8s.io/keystone-project"
 	// LabelManagedBy marks objects that the controller made for a Tenant.
 	LabelManagedBy = "app.kubernetes.io/managed-by"
 	// ManagedBy is the value of LabelManagedBy.
