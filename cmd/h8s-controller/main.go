@@ -15,6 +15,7 @@ import (
 
 	"h8s.io/hypernetes/internal/controller"
 	"h8s.io/hypernetes/internal/identity"
+	"h8s.io/hypernetes/internal/projects"
 )
 
 // version is set by the linker.
@@ -37,6 +38,7 @@ type flags struct {
 type keystoneFlags struct {
 	path, cloud, prefix string
 	fresh               time.Duration
+	sync                string
 }
 
 func main() {
@@ -65,6 +67,7 @@ func main() {
 	cmd.Flags().StringVar(&f.keystone.cloud, "keystone-cloud", "h8s", "cloud in that file")
 	cmd.Flags().StringVar(&f.keystone.prefix, "keystone-prefix", identity.DefaultPrefix, "beginning of the names of Keystone's users and groups")
 	cmd.Flags().DurationVar(&f.keystone.fresh, "keystone-fresh", 0, "how long Keystone's word about a token counts without asking again, 10s at most; the API server adds 10s of its own")
+	cmd.Flags().StringVar(&f.keystone.sync, "keystone-sync", "", "which projects of Keystone become Tenants, and how, as JSON: the chart's value keystone.sync (default: none)")
 	if err := cmd.Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "h8s-controller:", err)
 		os.Exit(1)
@@ -87,6 +90,11 @@ func run(f flags) error {
 	}
 	if f.keystone.path != "" {
 		if f.options.Tokens, err = f.keystone.validator(); err != nil {
+			return err
+		}
+	}
+	if f.keystone.sync != "" {
+		if f.options.Projects, err = f.keystone.projects(); err != nil {
 			return err
 		}
 	}
@@ -130,4 +138,21 @@ func (f keystoneFlags) validator() (*identity.Validator, error) {
 		return nil, fmt.Errorf("--keystone-clouds: %w", err)
 	}
 	return identity.New(service, identity.Options{Prefix: prefix, Fresh: f.fresh})
+}
+
+// projects does not ask Keystone yet.
+func (f keystoneFlags) projects() (*controller.ProjectOptions, error) {
+	config, err := projects.ParseConfig([]byte(f.sync))
+	if err != nil {
+		return nil, fmt.Errorf("--keystone-sync: %w", err)
+	}
+	prefix, err := identity.ParsePrefix(f.prefix)
+	if err != nil {
+		return nil, fmt.Errorf("--keystone-prefix: %w", err)
+	}
+	service, err := identity.NewService(f.path, config.Cloud)
+	if err != nil {
+		return nil, fmt.Errorf("--keystone-sync needs --keystone-clouds: %w", err)
+	}
+	return &controller.ProjectOptions{Config: *config, Directory: identity.NewDirectory(service, prefix)}, nil
 }

@@ -6,6 +6,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -19,6 +21,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/projects"
 )
 
 // TestDefaultPriorityAboveTenants: the chart is not installed where tenants' pods that
@@ -114,5 +117,52 @@ func TestChartQuotaTimeout(t *testing.T) {
 	timeout := time.Duration(*quotaWebhookOfChart(t).TimeoutSeconds) * time.Second
 	if timeout > 5*time.Second || timeout <= commitTimeout {
 		t.Errorf("the API server waits for %s, and a commit takes up to %s", timeout, commitTimeout)
+	}
+}
+
+// TestChartSync: what the chart tells the controller to synchronize is what it understands,
+// and only with that it may make Tenants.
+func TestChartSync(t *testing.T) {
+	render := func(t *testing.T, values string) string {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), "../../bin/helm", "template", "h8s", "../../deploy/h8s", "--namespace", release, "--kube-version", "1.36.3",
+			"--show-only", "templates/controller.yaml", "--set", values)
+		out, _ := cmd.CombinedOutput() // an error says why
+		return string(out)
+	}
+	const create = "resources: [tenants] # of Keystone's projects\n  verbs: [create]"
+	for name, test := range map[string]struct {
+		values, want string
+		on           bool
+	}{
+		"off":              {"keystone.secretName=k", "--keystone-clouds", false},
+		"on":               {"keystone.secretName=k,keystone.sync.enabled=true", `\"reader\":\"view\"`, true},
+		"changed":          {"keystone.secretName=k,keystone.sync.enabled=true,keystone.sync.tag=x,keystone.sync.roles.reader=null", `\"tag\":\"x\"`, true},
+		"without a Secret": {"keystone.sync.enabled=true", "keystone.sync.enabled needs keystone.secretName", false},
+		"an unknown role":  {"keystone.secretName=k,keystone.sync.enabled=true,keystone.sync.roles.reader=root", "/keystone/sync/roles/reader", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			out := render(t, test.values)
+			if !strings.Contains(out, test.want) {
+				t.Errorf("no %q in\n%s", test.want, out)
+			}
+			if got := strings.Contains(out, create); got != test.on {
+				t.Errorf("the controller may make Tenants: %t", got)
+			}
+			_, flag, found := strings.Cut(out, `- "--keystone-sync=`)
+			if found != test.on {
+				t.Fatalf("--keystone-sync is set: %t", found)
+			}
+			if found {
+				line, _, _ := strings.Cut(flag, "\n")
+				value, err := strconv.Unquote(`"` + line)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := projects.ParseConfig([]byte(value)); err != nil {
+					t.Error(err)
+				}
+			}
+		})
 	}
 }

@@ -50,6 +50,8 @@ type Options struct {
 	InfrastructureCIDRs []string
 	// Tokens, if set, answers the API server's questions about tokens.
 	Tokens TokenValidator
+	// Projects, if set, makes Tenants of Keystone's projects.
+	Projects *ProjectOptions
 }
 
 // NewScheme is the scheme of every client that the controller uses.
@@ -131,6 +133,11 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 	} {
 		if err := setup(mgr); err != nil {
 			return fmt.Errorf("set up the %s reconciler: %w", name, err)
+		}
+	}
+	if opts.Projects != nil {
+		if err := mgr.Add(&projectSync{objects: objects, ProjectOptions: *opts.Projects, events: mgr.GetEventRecorder("h8s-controller")}); err != nil {
+			return fmt.Errorf("add the synchronization with Keystone: %w", err)
 		}
 	}
 	decoder := admission.NewDecoder(mgr.GetScheme())

@@ -64,7 +64,7 @@ func run(m *testing.M) (code int) {
 	stop, err := start(ctx)
 	defer func() {
 		cancel()
-		if err := stop(); err != nil {
+		if err := errors.Join(sharedKeystone.close(), stop()); err != nil {
 			fmt.Fprintln(os.Stderr, "stop the test cluster:", err)
 			code = 1
 		}
@@ -219,7 +219,7 @@ func startControllerManager(ctx context.Context, bin string) (func() error, erro
 
 // installChart applies what Helm renders, with webhooks that call this process.
 func installChart(ctx context.Context, bin, chart string, hooks *envtest.WebhookInstallOptions) error {
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, "helm"), "template", "h8s", chart, "--namespace", release, "--kube-version", "1.36.3", "--set", "keystone.secretName=h8s-keystone")
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "helm"), "template", "h8s", chart, "--namespace", release, "--kube-version", "1.36.3", "--set", "keystone.secretName=h8s-keystone,keystone.sync.enabled=true")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	rendered, err := cmd.Output()

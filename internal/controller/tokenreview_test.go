@@ -23,6 +23,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"k8s.io/utils/ptr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
@@ -70,6 +71,7 @@ func reviewTokens(apiServer *envtest.APIServer, hooks *envtest.WebhookInstallOpt
 type keystoneLab struct {
 	server  *keystone.Server
 	admin   *gophercloud.ServiceClient
+	domains []*domains.Domain // acme and globex
 	project *projects.Project
 	role    *roles.Role
 	alice   *users.User
@@ -78,19 +80,43 @@ type keystoneLab struct {
 
 const keystonePassword = "secret"
 
+// sharedKeystone is that of all tests of this package that need one: it takes seconds to
+// start. The first of them starts it.
+var sharedKeystone keystoneOfTests
+
+type keystoneOfTests struct {
+	server *keystone.Server
+	admin  *gophercloud.ServiceClient
+}
+
+func (k *keystoneOfTests) get(t *testing.T) (*keystone.Server, *gophercloud.ServiceClient) {
+	t.Helper()
+	var err error
+	if k.server == nil {
+		// It outlives the test.
+		if k.server, err = keystone.StartServer(context.WithoutCancel(t.Context()), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if k.admin == nil {
+		if k.admin, err = k.server.Admin(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return k.server, k.admin
+}
+
+func (k *keystoneOfTests) close() error {
+	if k.server == nil {
+		return nil
+	}
+	return k.server.Close()
+}
+
 func newKeystoneLab(t *testing.T) *keystoneLab {
 	t.Helper()
 	ctx := t.Context()
-	server, err := keystone.StartServer(ctx, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		tokens.current.Store(nil)
-		if err := server.Close(); err != nil {
-			t.Errorf("stop Keystone: %v", err)
-		}
-	})
+	server, admin := sharedKeystone.get(t)
 	clouds, err := server.EnsureServiceUser(ctx, "h8s", "h8s")
 	if err != nil {
 		t.Fatal(err)
@@ -108,20 +134,20 @@ func newKeystoneLab(t *testing.T) *keystoneLab {
 		t.Fatal(err)
 	}
 	tokens.current.Store(validator)
+	t.Cleanup(func() { tokens.current.Store(nil) })
 
-	lab := &keystoneLab{server: server}
-	steps := func() (err error) {
-		if lab.admin, err = server.Admin(ctx); err != nil {
-			return err
-		}
+	lab := &keystoneLab{server: server, admin: admin}
+	steps := func() error {
 		acme, err := domains.Create(ctx, lab.admin, domains.CreateOpts{Name: "acme"}).Extract()
 		if err != nil {
 			return err
 		}
+		lab.domains = append(lab.domains, acme)
 		globex, err := domains.Create(ctx, lab.admin, domains.CreateOpts{Name: "globex"}).Extract()
 		if err != nil {
 			return err
 		}
+		lab.domains = append(lab.domains, globex)
 		if lab.project, err = projects.Create(ctx, lab.admin, projects.CreateOpts{Name: "web shop", DomainID: acme.ID}).Extract(); err != nil {
 			return err
 		}
@@ -143,10 +169,27 @@ func newKeystoneLab(t *testing.T) *keystoneLab {
 			roles.Assign(ctx, lab.admin, lab.role.ID, roles.AssignOpts{UserID: lab.other.ID, ProjectID: otherProject.ID}).ExtractErr(),
 		)
 	}
+	t.Cleanup(func() {
+		if err := lab.empty(context.WithoutCancel(ctx)); err != nil {
+			t.Errorf("empty Keystone: %v", err)
+		}
+	})
 	if err := steps(); err != nil {
 		t.Fatalf("fill Keystone: %v", err)
 	}
 	return lab
+}
+
+// empty deletes what newKeystoneLab has made, and with the domains all that is in them.
+func (l *keystoneLab) empty(ctx context.Context) (err error) {
+	if l.role != nil {
+		err = roles.Delete(ctx, l.admin, l.role.ID).ExtractErr()
+	}
+	for _, d := range l.domains {
+		_, disabled := domains.Update(ctx, l.admin, d.ID, domains.UpdateOpts{Enabled: ptr.To(false)}).Extract()
+		err = errors.Join(err, disabled, domains.Delete(ctx, l.admin, d.ID).ExtractErr())
+	}
+	return err
 }
 
 // as is a client with a new token of the user, scoped to the project.
