@@ -47,7 +47,10 @@ func chartValues(c *Config, machine []netip.Prefix, tag, ca string) map[string]a
 		"node":                object{"apiServer": object{"host": c.Nodes[0].Address.String(), "port": apiPort}},
 	}
 	if c.Keystone {
-		values["keystone"] = object{"secretName": keystoneSecret, "cloud": keystoneCloud, "prefix": c.keystonePrefix()}
+		values["keystone"] = object{
+			"secretName": keystoneSecret, "cloud": keystoneCloud, "prefix": c.keystonePrefix(),
+			"sync": object{"enabled": true, "cloud": keystoneReader, "tenant": object{"network": object{"cidrs": []string{demoCIDR}}}},
+		}
 	}
 	return values
 }

@@ -21,6 +21,8 @@ const (
 	keystoneUser   = "h8s"
 	keystoneCloud  = "h8s"
 	keystoneSecret = "h8s-keystone"
+	// keystoneReader is the user, and its cloud, that reads which projects are Tenants.
+	keystoneReader = "h8s-sync"
 	// tokenReviewKubeconfig leads the API server to the controller's token reviews.
 	tokenReviewKubeconfig = "kubernetes/token-review.kubeconfig"
 )
@@ -92,5 +94,9 @@ func (b *bringUp) startKeystone(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return b.ensureSecret(ctx, keystoneSecret, corev1.SecretTypeOpaque, map[string][]byte{"clouds.yaml": clouds})
+	reader, err := k.EnsureReader(ctx, keystoneReader, keystoneReader)
+	if err != nil {
+		return err
+	}
+	return b.ensureSecret(ctx, keystoneSecret, corev1.SecretTypeOpaque, map[string][]byte{"clouds.yaml": keystone.Clouds(clouds, reader)})
 }
