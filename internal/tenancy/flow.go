@@ -11,19 +11,25 @@ import (
 )
 
 // flowPrecedence: after Kubernetes' own components (up to 900), before what it has
-// for other ServiceAccounts and people (from 9000 on). Lists are looked for first.
+// for other ServiceAccounts and people (from 9000 on).
 const flowPrecedence = 5000
 
 // flows are the levels, of the chart, for the requests of all tenants. Lists have
 // one of their own: a small request would wait until one of them is over, and that
 // is long.
+//
+// The API server looks at one FlowSchema after the other, by precedence, at each
+// request. So those of small requests come first, all tenants' of them, or it would
+// look at those of lists in vain. What is neither goes with the lists.
 var flows = []struct { //nolint:gochecknoglobals // a table
 	prefix, level string
 	precedence    int32
 	verbs         []string
+	// urls says that requests for no resource are of this level.
+	urls bool
 }{
-	{"h8s-lists-", "h8s-tenants-lists", flowPrecedence - 1, []string{"list", "watch", "deletecollection"}},
-	{"h8s-tenant-", "h8s-tenants", flowPrecedence, []string{flowcontrolv1.VerbAll}},
+	{"h8s-tenant-", "h8s-tenants", flowPrecedence - 1, []string{"get", "create", "update", "patch", "delete"}, true},
+	{"h8s-lists-", "h8s-tenants-lists", flowPrecedence, []string{flowcontrolv1.VerbAll}, false},
 }
 
 // FlowSchemaNames are the names of the FlowSchemas of the tenant's requests.
@@ -69,7 +75,7 @@ func FlowSchemas(t *v1alpha1.Tenant, namespaces []string, disabled Disabled) []f
 			Subjects:      who,
 			ResourceRules: []flowcontrolv1.ResourcePolicyRule{{Verbs: f.verbs, APIGroups: all, Resources: all, ClusterScope: true, Namespaces: all}},
 		}
-		if slices.Contains(f.verbs, flowcontrolv1.VerbAll) {
+		if f.urls {
 			rules.NonResourceRules = []flowcontrolv1.NonResourcePolicyRule{{Verbs: all, NonResourceURLs: all}}
 		}
 		schemas = append(schemas, flowcontrolv1.FlowSchema{
