@@ -41,6 +41,10 @@ import (
 // conflictRetry is how soon a write is tried again that lost against another writer.
 const conflictRetry = 100 * time.Millisecond
 
+// workers is how many objects of a kind are reconciled at once. They wait for the API
+// server most of the time, one write after the other.
+const workers = 8
+
 // Options is what the controller must be told about its cluster.
 type Options struct {
 	// ServiceCIDRs and PodCIDRs are ranges that the cluster uses for itself, in
