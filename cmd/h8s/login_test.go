@@ -1,13 +1,18 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -16,11 +21,14 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+
+	"h8s.io/hypernetes/internal/terminal"
 )
 
-// TestMain is h8s itself when a kubeconfig of a test calls its plugin.
+// TestMain is h8s itself when a kubeconfig of a test calls its plugin, or a test a
+// process of its own.
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == "credential" {
+	if len(os.Args) > 1 && slices.Contains([]string{"credential", "login"}, os.Args[1]) {
 		main()
 		return
 	}
@@ -85,12 +93,26 @@ func TestFromKeepsTheWay(t *testing.T) {
 
 // testKeystone issues a token to everybody, and counts them. The environment of the
 // test names it, with everything that a login needs.
-type testKeystone struct{ issued int }
+type testKeystone struct {
+	issued    int
+	passwords []string
+}
 
 func newTestKeystone(t *testing.T, dir string) *testKeystone {
 	t.Helper()
 	k := &testKeystone{}
-	identity := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	identity := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var asked struct {
+			Auth struct {
+				Identity struct {
+					Password struct{ User struct{ Password string } }
+				}
+			}
+		}
+		if err := json.NewDecoder(r.Body).Decode(&asked); err != nil {
+			t.Errorf("%s %s: %v", r.Method, r.URL, err)
+		}
+		k.passwords = append(k.passwords, asked.Auth.Identity.Password.User.Password)
 		k.issued++
 		w.Header().Set("X-Subject-Token", fmt.Sprintf("token-%d", k.issued))
 		w.WriteHeader(http.StatusCreated)
@@ -149,6 +171,40 @@ func TestLoginMakesTheKubeconfig(t *testing.T) {
 				t.Errorf("the cluster got %q, want a token", s.tokens)
 			}
 		})
+	}
+}
+
+// TestPasswordOnTerminal: it is asked there and nowhere else, out of sight, and the
+// terminal is afterwards as it was.
+func TestPasswordOnTerminal(t *testing.T) {
+	dir := t.TempDir()
+	k := newTestKeystone(t, dir)
+	t.Setenv("OS_PASSWORD", "")
+	s := newAPIServer(t)
+	const secret = "p\"4$s: word"
+	login := func() *exec.Cmd {
+		return exec.CommandContext(t.Context(), os.Args[0], "login", "--kubeconfig", filepath.Join(dir, "config"), "--server", s.URL, "--certificate-authority", s.ca)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	shown, err := terminal.Answer(ctx, login(), "Password of ann at http://", secret)
+	if err != nil || !strings.Contains(shown, "logged in") {
+		t.Errorf("%v; the terminal shows:\n%s", err, shown)
+	}
+	if want := []string{secret}; !slices.Equal(k.passwords, want) {
+		t.Errorf("Keystone was given the passwords %q, want %q", k.passwords, want)
+	}
+	data, err := os.ReadFile(filepath.Join(dir, "config"))
+	if err != nil || strings.Contains(string(data), "word") {
+		t.Errorf("the kubeconfig: %v\n%s", err, data)
+	}
+
+	// Without a terminal nobody is asked: what comes by a pipe is not a person.
+	cmd := login()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.Stdin = strings.NewReader(secret + "\n")
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "there is no terminal to ask on") || len(k.passwords) != 1 {
+		t.Errorf("without a terminal: %v, %d passwords: %s", err, len(k.passwords), out)
 	}
 }
 
