@@ -3,7 +3,7 @@
 // kubeconfigs that `h8s kubeconfig` printed.
 //
 //	go test ./test/e2e                      its own cluster, removed afterwards
-//	go test ./test/e2e -cluster dev         a cluster that is up (h8s up --name dev --resolver …)
+//	go test ./test/e2e -cluster dev         a cluster that is up (h8s up --name dev --resolver …), TestLogin excepted
 //	go test ./test/e2e -keep                leaves its cluster up, to look at
 package e2e
 
@@ -21,6 +21,8 @@ import (
 
 	"github.com/miekg/dns"
 	"golang.org/x/sys/unix"
+
+	"h8s.io/hypernetes/internal/dex"
 )
 
 var (
@@ -42,6 +44,8 @@ type env struct {
 	bin     string
 	cluster string
 	dir     string // kubeconfigs
+	// provider is whose ID tokens the cluster believes; nil for a cluster that was up.
+	provider *dex.Provider
 }
 
 var cluster env //nolint:gochecknoglobals // set once by TestMain, which cannot pass values to tests
@@ -111,7 +115,11 @@ func run(m *testing.M) (code int) {
 			}
 		}()
 	}
-	if err := h8s("up", "--name", cluster.cluster, "--nodes", "2", "--resolver", outsideDNS); err != nil {
+	if cluster.provider, err = newProvider(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	if err := h8s(append([]string{"up", "--name", cluster.cluster, "--nodes", "2", "--resolver", outsideDNS}, upFlags(cluster.provider)...)...); err != nil {
 		fmt.Fprintln(os.Stderr, "h8s up:", err)
 		return 1
 	}
