@@ -397,7 +397,7 @@ func TestProjects(t *testing.T) {
 			t.Errorf("written again without need: %s", cmp.Diff(before.Spec, after.Spec))
 		}
 		// And while nothing changes, not even asked about.
-		lab.sync.live = nil
+		lab.sync.live = unasked{}
 		lab.round()
 		// The workloads are where they were.
 		var ns unstructured.Unstructured
@@ -408,6 +408,13 @@ func TestProjects(t *testing.T) {
 			t.Error("its namespace is being deleted")
 		}
 	})
+}
+
+// unasked is an API server that nobody shall ask.
+type unasked struct{ client.Reader }
+
+func (unasked) Get(context.Context, client.ObjectKey, client.Object, ...client.GetOption) error {
+	return errors.New("the API server was asked")
 }
 
 // blind is a Directory that lists nothing, and says of each project what err says.
