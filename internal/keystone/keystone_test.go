@@ -12,6 +12,9 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/gophercloud/gophercloud/v2"
+	"github.com/gophercloud/gophercloud/v2/openstack"
+	"github.com/gophercloud/gophercloud/v2/openstack/config/clouds"
 	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/domains"
 )
 
@@ -74,6 +77,27 @@ func TestServer(t *testing.T) {
 	}
 	if again, err := s.EnsureServiceUser(t.Context(), "h8s", "h8s"); err != nil || !bytes.Equal(again, cloud) {
 		t.Errorf("the service user again: %v, clouds.yaml\n%s\nwas\n%s", err, again, cloud)
+	}
+	reader, err := s.EnsureReader(t.Context(), "reader", "reads")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := s.EnsureReader(t.Context(), "reader", "reads"); err != nil || !bytes.Equal(again, reader) {
+		t.Errorf("the reader again: %v, clouds.yaml\n%s\nwas\n%s", err, again, reader)
+	}
+	for name, want := range map[string]gophercloud.AuthOptions{
+		"h8s":   {Username: "h8s", Scope: &gophercloud.AuthScope{ProjectName: ServiceProject, DomainName: defaultDomain}},
+		"reads": {Username: "reader", Scope: &gophercloud.AuthScope{System: true}},
+	} {
+		got, _, _, err := clouds.Parse(clouds.WithCloudsYAML(bytes.NewReader(Clouds(cloud, reader))), clouds.WithCloudName(name))
+		if err != nil || got.Username != want.Username || got.Scope == nil || *got.Scope != *want.Scope {
+			t.Errorf("the cloud %s of one clouds.yaml with both: %v, user %s, scope %+v", name, err, got.Username, got.Scope)
+			continue
+		}
+		got.AllowReauth = false
+		if _, err := openstack.AuthenticatedClient(t.Context(), got); err != nil {
+			t.Errorf("log in to the cloud %s: %v", name, err)
+		}
 	}
 	admin, err := s.Admin(t.Context())
 	if err != nil {
