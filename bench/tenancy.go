@@ -62,6 +62,8 @@ type crowd struct {
 	// values are those of each checkpoint, by metric.
 	values map[string]*Series
 	tokens *tokenIssuer
+	// tokensErr is why tokens could not be measured the last time they could not.
+	tokensErr error
 }
 
 // openCrowd starts a control plane, and a Keystone if tokens are to be measured.
@@ -148,7 +150,7 @@ func (c *crowd) fill(ctx context.Context, o options) error {
 		if err := errors.Join(c.grow(ctx, n), finish()); err != nil {
 			return err
 		}
-		for _, measure := range []func(context.Context) error{c.measureMemory, c.measureGets, c.measureQuota, c.measureTokens, c.measureRestart} {
+		for _, measure := range []func(context.Context) error{c.measureMemory, c.measureGets, c.measureQuota, c.tryTokens, c.measureRestart} {
 			if err := measure(ctx); err != nil {
 				return fmt.Errorf("with %d tenants: %w", c.count, err)
 			}
@@ -317,14 +319,6 @@ func (c *crowd) note(metric string, value float64) {
 		c.values[metric] = s
 	}
 	s.X, s.Y = append(s.X, float64(c.count)), append(s.Y, value)
-}
-
-func (c *crowd) last(metric string) float64 {
-	s := c.values[metric]
-	if s == nil {
-		return 0
-	}
-	return s.Y[len(s.Y)-1]
 }
 
 // idle returns when the controller has reconciled every object, and nothing waits.
