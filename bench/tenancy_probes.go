@@ -279,6 +279,9 @@ func (c *crowd) measureQuota(ctx context.Context) error {
 // waits until it has looked at every object, has nothing left to do, and they are in
 // step again.
 func (c *crowd) measureRestart(ctx context.Context) error {
+	if c.count == 0 { // nothing to wait for
+		return nil
+	}
 	if err := c.StopController(); err != nil {
 		return err
 	}
