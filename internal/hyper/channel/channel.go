@@ -57,16 +57,20 @@ func config() *yamux.Config {
 }
 
 // Host is the host's end.
-type Host struct{ session *yamux.Session }
+type Host struct {
+	session *yamux.Session
+	guard   *guard
+}
 
 // NewHost takes over rw, which Close closes. The guest has opened its end: from here on
 // it must answer.
 func NewHost(rw io.ReadWriteCloser) (*Host, error) {
-	session, err := yamux.Client(&guard{ReadWriteCloser: rw}, config())
+	g := &guard{ReadWriteCloser: rw}
+	session, err := yamux.Client(g, config())
 	if err != nil {
 		return nil, fmt.Errorf("channel to the guest: %w", err)
 	}
-	return &Host{session}, nil
+	return &Host{session, g}, nil
 }
 
 // Open opens a stream. It returns the guest's refusal as a *RefusedError. The
@@ -77,7 +81,7 @@ func (h *Host) Open(ctx context.Context, kind Kind, argument string) (net.Conn, 
 	}
 	stream, err := h.session.OpenStream()
 	if err != nil {
-		return nil, fmt.Errorf("open a stream to the guest: %w", err)
+		return nil, fmt.Errorf("open a stream to the guest: %w", h.explain(err))
 	}
 	deadline, ok := ctx.Deadline()
 	if !ok {
@@ -106,9 +110,25 @@ func (h *Host) Open(ctx context.Context, kind Kind, argument string) (net.Conn, 
 	}()
 	if err != nil {
 		stream.Close()
-		return nil, fmt.Errorf("open a stream to the guest: %w", err)
+		return nil, fmt.Errorf("open a stream to the guest: %w", h.explain(err))
 	}
 	return stream, nil
+}
+
+// errUnanswered is why a session ends to whose end nobody has said anything.
+var errUnanswered = errors.New("no ping was answered in time, or the host has closed the channel")
+
+// explain adds to the error of a stream why the session has ended, if it has: the stream
+// itself says no more than EOF.
+func (h *Host) explain(err error) error {
+	if !h.session.IsClosed() {
+		return err
+	}
+	why := errUnanswered
+	if end := h.guard.end.Load(); end != nil {
+		why = *end
+	}
+	return fmt.Errorf("%w: the channel has ended: %w", err, why)
 }
 
 // Done is closed when nothing can be said to the guest any more.

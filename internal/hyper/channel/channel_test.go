@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -39,6 +40,38 @@ func echo(string) (func(net.Conn), error) {
 		_, _ = io.Copy(c, c)
 		c.Close()
 	}, nil
+}
+
+// TestOpenEnded: when the channel ends while a stream is opened, the error says why it did.
+func TestOpenEnded(t *testing.T) {
+	for name, tt := range map[string]struct {
+		end  func(guest net.Conn, host *Host)
+		want string
+	}{
+		"QEMU ends": {func(guest net.Conn, _ *Host) { guest.Close() }, "the channel has ended: EOF"},
+		"no frames": {func(guest net.Conn, _ *Host) { _, _ = guest.Write([]byte("no frame of yamux")) }, "what is no frame"},
+		"the host":  {func(_ net.Conn, host *Host) { host.Close() }, "the channel has ended: "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ours, theirs := net.Pipe()
+			defer theirs.Close()
+			host, err := NewHost(ours)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer host.Close()
+			go func() {
+				// The stream has been asked for: its answer is awaited.
+				_, _ = theirs.Read(make([]byte, headerSize))
+				go func() { _, _ = io.Copy(io.Discard, theirs) }()
+				tt.end(theirs, host)
+			}()
+			_, err = host.Open(t.Context(), Task, "")
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%v, want %q", err, tt.want)
+			}
+		})
+	}
 }
 
 func TestOpen(t *testing.T) {

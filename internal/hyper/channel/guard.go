@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"sync/atomic"
 )
 
 // guard is a guest's half of a session as the host may take it: frames of yamux that
@@ -13,6 +14,7 @@ type guard struct {
 	io.ReadWriteCloser
 	frames Frames
 	header [headerSize]byte
+	end    atomic.Pointer[error] // why there is nothing more to read
 }
 
 // Of yamux's frames: https://github.com/hashicorp/yamux/blob/master/spec.md
@@ -28,7 +30,10 @@ const (
 func (g *guard) Read(b []byte) (int, error) {
 	n, err := g.ReadWriteCloser.Read(b)
 	if refused := g.look(b[:n]); refused != nil {
-		return 0, refused
+		n, err = 0, refused
+	}
+	if err != nil {
+		g.end.CompareAndSwap(nil, &err)
 	}
 	return n, err
 }
