@@ -49,10 +49,30 @@ func (p *pod) boot(ctx context.Context, nic *tap.Tap) (*vm.VM, *guest, error) {
 	}
 	guest, err := p.welcome(ctx, machine, nic.Link)
 	if err != nil {
-		// Other clones may answer no more than this one.
-		return nil, nil, errors.Join(err, discard())
+		if suspect(ctx, err) {
+			err = errors.Join(err, discard())
+		}
+		return nil, nil, err
 	}
 	return machine, guest, nil
+}
+
+// suspect reports whether other clones of a template may answer no more than the one whose
+// welcome failed with err. One that was killed, whether by us because nobody waits for it any
+// more or by the node because memory was wanting, says nothing about the others.
+func suspect(ctx context.Context, err error) bool {
+	return ctx.Err() == nil && !errors.Is(err, vm.ErrKilled)
+}
+
+// lastWords is why the machine ends by itself, or nil if it does not. Its channel ends before it is
+// known to have ended.
+func lastWords(machine *vm.VM) error {
+	select {
+	case <-machine.Done():
+		return machine.Err()
+	case <-time.After(lastWordsTimeout):
+		return nil
+	}
 }
 
 // machine starts the machine: it is a clone, or boots where none can be had. One that is
@@ -85,6 +105,9 @@ func (p *pod) welcome(ctx context.Context, machine *vm.VM, link guestapi.Link) (
 	defer cancel()
 	defer func() {
 		if err != nil {
+			if died := lastWords(machine); died != nil && !errors.Is(err, died) {
+				err = errors.Join(err, died)
+			}
 			machine.Kill()
 			<-machine.Done()
 			_ = machine.Channel().Close()

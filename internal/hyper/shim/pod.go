@@ -28,6 +28,8 @@ const (
 	// template, and then the wait until its guest answers. Many may start at once; the
 	// kubelet waits for four minutes.
 	bootTimeout = 100 * time.Second
+	// lastWordsTimeout is how long a machine with which nobody can speak may take to end by itself.
+	lastWordsTimeout = time.Second
 	// collectTimeout bounds the waiting for a moment in which nobody starts a machine.
 	collectTimeout = 30 * time.Second
 	// shutdownTimeout is how long a guest may take to end itself in order.

@@ -75,7 +75,8 @@ var (
 	ErrReset = errors.New("the guest reset itself")
 	// ErrDied: QEMU ended without a reason of the guest's, such as by a signal.
 	ErrDied = errors.New("QEMU died")
-	// ErrKilled: Kill was called.
+	// ErrKilled: Kill was called. An error that is ErrDied as well: somebody else did it, such as
+	// the kernel when memory is wanting.
 	ErrKilled = errors.New("the virtual machine was killed")
 )
 
@@ -292,6 +293,9 @@ func (v *VM) wait(exited <-chan struct{}) {
 		v.err = v.ended
 	default:
 		v.err = fmt.Errorf("%w: %s: %s", ErrDied, v.cmd.ProcessState, said)
+		if end, ok := v.cmd.ProcessState.Sys().(syscall.WaitStatus); ok && end.Signal() == syscall.SIGKILL {
+			v.err = fmt.Errorf("%w (%w)", v.err, ErrKilled)
+		}
 	}
 	v.err = fmt.Errorf("virtual machine %s: %w", v.id, v.err)
 	close(v.done)

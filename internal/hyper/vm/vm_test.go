@@ -338,6 +338,7 @@ func TestEnds(t *testing.T) {
 		"reboot":    {func(g *guest) { g.say("reboot") }, ErrReset},
 		"Kill":      {func(g *guest) { g.Kill() }, ErrKilled},
 		"kill -9":   {func(g *guest) { g.sendSignal(unix.SIGKILL) }, ErrDied},
+		"killed":    {func(g *guest) { g.sendSignal(unix.SIGKILL) }, ErrKilled},
 		"crash":     {func(g *guest) { g.sendSignal(unix.SIGSEGV) }, ErrDied},
 	} {
 		t.Run(name, func(t *testing.T) {
