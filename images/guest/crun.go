@@ -16,7 +16,7 @@ import (
 // loaded: systemd, plugins, checkpoints.
 var crunOptions = []string{
 	"--disable-systemd", "--disable-dl", "--disable-criu", "--enable-embedded-yajl", "--disable-dependency-tracking",
-	"ac_cv_search_gcry_check_version=no", // it is for libkrun, and taken wherever it is
+	"ac_cv_search_gcry_check_version=no", // it would cache seccomp filters, which costs a first container more than it saves
 }
 
 // crunNeeds are the packages that it is built with and that become part of it.
