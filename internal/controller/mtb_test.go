@@ -369,8 +369,9 @@ func (b *benchmark) escalation(t *testing.T) {
 		{"escalate", "clusterroles", ""},
 		{"bind", "clusterroles", ""},
 		{"bind", "clusterroles", "cluster-admin"},
+		// As kubectl-mtb has it.
 		{"escalate", "role", ""},
-		{"bind", "clusterrole", "cluster-admin"}, // as kubectl-mtb has it
+		{"bind", "clusterrole", "cluster-admin"},
 	} {
 		if b.may(t, of.verb, "mtb-a", of.name, named(rbacv1.GroupName, of.resource)) {
 			t.Errorf("she may %s %s %s", of.verb, of.resource, of.name)

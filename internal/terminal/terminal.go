@@ -28,20 +28,22 @@ func Answer(ctx context.Context, cmd *exec.Cmd, question, secret string) (shown 
 	defer tty.Close()
 	fd := int(tty.Fd())
 	var screen screen
-	ended := make(chan error, 1)
+	var exit error
+	ended := make(chan struct{})
 	go func() {
 		_, _ = io.Copy(&screen, tty) // until nobody has the other end any more, which is an error here (EIO)
-		ended <- cmd.Wait()
+		exit = cmd.Wait()
+		close(ended)
 	}()
 	ticker := time.NewTicker(10 * time.Millisecond)
 	defer ticker.Stop()
 	for typed := false; ; {
 		select {
-		case err := <-ended:
+		case <-ended:
 			shown := screen.String()
 			switch {
-			case err != nil:
-				return shown, err
+			case exit != nil:
+				return shown, exit
 			case !typed:
 				return shown, fmt.Errorf("it has ended and never asked %q out of sight", question)
 			case strings.Contains(shown, secret):
@@ -50,7 +52,8 @@ func Answer(ctx context.Context, cmd *exec.Cmd, question, secret string) (shown 
 			return shown, nil
 		case <-ctx.Done():
 			_ = cmd.Process.Kill()
-			return screen.String(), fmt.Errorf("it goes on and on: %w", errors.Join(ctx.Err(), <-ended))
+			<-ended
+			return screen.String(), fmt.Errorf("it goes on and on: %w", ctx.Err())
 		case <-ticker.C:
 			state, err := unix.IoctlGetTermios(fd, unix.TCGETS)
 			if typed || err != nil || state.Lflag&unix.ECHO != 0 || !strings.Contains(screen.String(), question) {
@@ -59,7 +62,8 @@ func Answer(ctx context.Context, cmd *exec.Cmd, question, secret string) (shown 
 			typed = true
 			if _, err := io.WriteString(tty, secret+"\n"); err != nil {
 				_ = cmd.Process.Kill()
-				return screen.String(), fmt.Errorf("type: %w", errors.Join(err, <-ended))
+				<-ended
+				return screen.String(), fmt.Errorf("type: %w", err)
 			}
 		}
 	}

@@ -83,7 +83,7 @@ func (p *person) command(ctx context.Context, argv ...string) *exec.Cmd {
 		path = argv[0]
 	}
 	cmd := exec.CommandContext(ctx, path, argv[1:]...)
-	cmd.Env = slices.Concat(p.env, []string{"KUBECONFIG=" + p.kubeconfig})
+	cmd.Env = append(slices.Clone(p.env), "KUBECONFIG="+p.kubeconfig)
 	return cmd
 }
 
