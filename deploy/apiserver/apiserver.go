@@ -9,6 +9,11 @@ import _ "embed"
 //go:embed authorization.yaml
 var Authorization []byte
 
+// Admission is the AdmissionConfiguration (apiserver.config.k8s.io/v1).
+//
+//go:embed admission.yaml
+var Admission []byte
+
 // WebhooksKubeconfig is the path, on a machine of the control plane, of the
 // kubeconfig by which the API server reaches h8s-controller.
 const WebhooksKubeconfig = "/etc/kubernetes/h8s-webhooks.kubeconfig"

@@ -26,14 +26,18 @@ const (
 )
 
 // chartValues are what the chart has to know about an embedded cluster, where the
-// product's image has the given tag and the PEM ca signs for the webhooks. Tenants do not reach the machine: not at its
+// product's image has the given tag. Tenants do not reach the machine: not at its
 // address on the bridge, which is of the cluster's own network, nor at its other
 // addresses, nor clusters beside this one.
-func chartValues(c *Config, machine []netip.Prefix, tag, ca string) map[string]any {
+func chartValues(c *Config, machine []netip.Prefix, tag string, p *pki) map[string]any {
 	type object = map[string]any
 	denied := []string{subnets.String()}
 	for _, address := range machine {
 		denied = append(denied, address.String())
+	}
+	webhooks := object{"clusterIP": webhooksService, "tls": object{"secret": webhooksSecret, "ca": string(p.pairs[clusterCA].cert)}}
+	if c.GuardedWebhooks {
+		webhooks["clientCA"] = string(p.pairs[frontProxyCA].cert)
 	}
 	values := object{
 		"infrastructureCIDRs": []string{c.Subnet.String()},
@@ -43,7 +47,7 @@ func chartValues(c *Config, machine []netip.Prefix, tag, ca string) map[string]a
 		"serviceCIDRs":        []string{serviceCIDR},
 		"podCIDRs":            []string{podCIDR},
 		"image":               object{"repository": "localhost/h8s", "tag": tag, "pullPolicy": "Never"},
-		"webhooks":            object{"clusterIP": webhooksService, "tls": object{"secret": webhooksSecret, "ca": ca}},
+		"webhooks":            webhooks,
 		"node":                object{"apiServer": object{"host": c.Nodes[0].Address.String(), "port": apiPort}},
 	}
 	if c.Keystone {
@@ -67,7 +71,7 @@ func valuesFor(c *Config, tag string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return yaml.Marshal(chartValues(c, machine, tag, string(p.pairs[clusterCA].cert)))
+	return yaml.Marshal(chartValues(c, machine, tag, p))
 }
 
 // chartDir finds the chart: beside bin in a checkout.

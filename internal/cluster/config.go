@@ -70,6 +70,9 @@ type Config struct {
 	// Resolvers (address:port) that the nodes' DNS queries go to; those of the
 	// machine's /etc/resolv.conf if empty.
 	Resolvers []string `json:"resolvers,omitempty"`
+	// GuardedWebhooks says that the API server shows a certificate to the controller, which
+	// answers nobody else. Clusters of earlier versions have none to show.
+	GuardedWebhooks bool `json:"guardedWebhooks,omitempty"`
 	// OIDC is the identity provider whose people may log in, if there is one.
 	OIDC *OIDC `json:"oidc,omitempty"`
 	// Keystone says whether there is one, whose users may log in.

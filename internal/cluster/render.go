@@ -74,15 +74,18 @@ func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
 				file{"kubernetes/pki/" + name + ".crt", 0o644, p.pairs[name].cert},
 				file{"kubernetes/pki/" + name + ".key", 0o600, p.pairs[name].key})
 		}
-		webhooks, err := webhooksKubeconfig(p, apiserver.AuthorizePath)
+		webhooks, err := c.webhooksKubeconfig(p, apiserver.AuthorizePath)
 		if err != nil {
 			return nil, err
 		}
 		files = append(files,
 			file{"kubernetes/authorization.yaml", 0o644, apiserver.Authorization},
 			file{strings.TrimPrefix(apiserver.WebhooksKubeconfig, "/etc/"), 0o600, webhooks})
+		if c.GuardedWebhooks {
+			files = append(files, file{"kubernetes/admission.yaml", 0o644, apiserver.Admission})
+		}
 		if c.Keystone {
-			reviews, err := webhooksKubeconfig(p, apiserver.TokenReviewPath)
+			reviews, err := c.webhooksKubeconfig(p, apiserver.TokenReviewPath)
 			if err != nil {
 				return nil, err
 			}
@@ -153,6 +156,9 @@ func controlPlane(c *Config, n Node) []program {
 	}
 	if c.Keystone {
 		authentication = append(authentication, keystoneFlags()...)
+	}
+	if c.GuardedWebhooks {
+		authentication = append(authentication, "--admission-control-config-file="+conf("admission.yaml"))
 	}
 	return []program{
 		{

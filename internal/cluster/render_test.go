@@ -1,11 +1,13 @@
 package cluster
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
+	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/yaml"
 
 	"h8s.io/hypernetes/deploy/apiserver"
@@ -154,6 +156,44 @@ func TestTokenReviewFlags(t *testing.T) {
 					if want := with && p.name == "kube-apiserver"; flag != want {
 						t.Errorf("%s has the flag: %t, want %t", p.name, flag, want)
 					}
+				}
+			}
+		})
+	}
+}
+
+// The controller answers who shows a certificate of the CA in its values: the API server
+// has one to show, by both ways, and its files name no other.
+func TestGuardedWebhooks(t *testing.T) {
+	for name, guarded := range map[string]bool{"a new cluster": true, "an older one": false} {
+		t.Run(name, func(t *testing.T) {
+			c := testConfig(t, 2)
+			c.GuardedWebhooks, c.Keystone = guarded, true
+			p, err := ensurePKI(t.TempDir(), c, time.Now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			webhooks := chartValues(c, nil, "tag", p)["webhooks"].(map[string]any)
+			if ca, ok := webhooks["clientCA"]; ok != guarded || ok && ca != string(p.pairs[frontProxyCA].cert) {
+				t.Errorf("the controller is told the CA %v", ca)
+			}
+			files := renderFiles(t, c, c.Nodes[0])
+			for _, path := range []string{strings.TrimPrefix(apiserver.WebhooksKubeconfig, "/etc/"), tokenReviewKubeconfig} {
+				conf, err := clientcmd.Load(files[path].data)
+				if err != nil {
+					t.Fatal(err)
+				}
+				user := conf.AuthInfos[conf.Contexts[conf.CurrentContext].AuthInfo]
+				if (user != nil) != guarded || guarded && (user.ClientCertificate != "/etc/kubernetes/pki/front-proxy-client.crt" || conf.AuthInfos[webhooksHost] != user) {
+					t.Errorf("%s has the user %+v", path, user)
+				}
+			}
+			if _, ok := files["kubernetes/admission.yaml"]; ok != guarded {
+				t.Errorf("admission.yaml is there: %t", ok)
+			}
+			for _, prog := range nodePrograms(c, c.Nodes[0]) {
+				if has := slices.Contains(prog.args, "--admission-control-config-file=/etc/kubernetes/admission.yaml"); has != (guarded && prog.name == "kube-apiserver") {
+					t.Errorf("%s has the flag: %t", prog.name, has)
 				}
 			}
 		})

@@ -277,6 +277,7 @@ func createConfig(ctx context.Context, o UpOptions) (*Config, error) {
 		return nil, err
 	}
 	c.OIDC = o.OIDC
+	c.GuardedWebhooks = true
 	c.Keystone, c.KeystonePrefix = o.Keystone, identity.Prefix(o.KeystonePrefix)
 	if err := c.save(); err != nil {
 		return nil, fmt.Errorf("save the cluster's configuration: %w", err)

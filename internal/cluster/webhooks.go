@@ -24,13 +24,20 @@ const (
 	webhooksCert    = "h8s-controller"
 )
 
-// webhooksKubeconfig leads the API server to the controller's webhook of the path.
-func webhooksKubeconfig(p *pki, path string) ([]byte, error) {
+// webhooksKubeconfig leads the API server to the controller's webhook of the path. Its
+// user is named for the Service: by that name, admission finds what to show there. It is
+// the certificate by which the API server proves to extensions that it is one, whose CA signs
+// nothing else.
+func (c *Config) webhooksKubeconfig(p *pki, path string) ([]byte, error) {
 	conf := clientcmdapi.NewConfig()
 	conf.Clusters["h8s"] = &clientcmdapi.Cluster{
 		Server: "https://" + webhooksService + path, TLSServerName: webhooksHost, CertificateAuthorityData: p.pairs[clusterCA].cert,
 	}
 	conf.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
+	if c.GuardedWebhooks {
+		conf.AuthInfos[webhooksHost] = &clientcmdapi.AuthInfo{ClientCertificate: nodePKI + "/front-proxy-client.crt", ClientKey: nodePKI + "/front-proxy-client.key"}
+		conf.Contexts["h8s"].AuthInfo = webhooksHost
+	}
 	conf.CurrentContext = "h8s"
 	data, err := clientcmd.Write(*conf)
 	if err != nil {

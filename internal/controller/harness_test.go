@@ -138,17 +138,39 @@ func start(ctx context.Context) (stop func() error, err error) {
 	return stop, awaitPolicies(ctx)
 }
 
-// configureAuthorization gives the API server the AuthorizationConfiguration that
-// the documentation tells to give it, leading to this process: it starts before
-// there is anybody who answers, as on a real cluster.
+// Files in the directory of the webhooks' certificate: what the API server shows them.
+const (
+	clientCA   = "client-ca.crt"
+	clientCert = "client.crt"
+	clientKey  = "client.key"
+)
+
+// configureAuthorization gives the API server the AuthorizationConfiguration and the
+// AdmissionConfiguration that the documentation tells to give it, leading to this process: it starts
+// before there is anybody who answers, as on a real cluster. Only it will be answered.
 func configureAuthorization(apiServer *envtest.APIServer, hooks *envtest.WebhookInstallOptions) error {
 	kubeconfig := clientcmdapi.NewConfig()
 	kubeconfig.Clusters["h8s"] = &clientcmdapi.Cluster{
 		Server: fmt.Sprintf("https://%s:%d%s", hooks.LocalServingHost, hooks.LocalServingPort, apiserver.AuthorizePath), CertificateAuthorityData: hooks.LocalServingCAData,
 	}
-	kubeconfig.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
+	client, err := newAuthority()
+	if err != nil {
+		return err
+	}
+	host := fmt.Sprintf("%s:%d", hooks.LocalServingHost, hooks.LocalServingPort)
+	kubeconfig.AuthInfos[host] = &clientcmdapi.AuthInfo{ClientCertificate: filepath.Join(hooks.LocalServingCertDir, clientCert), ClientKey: filepath.Join(hooks.LocalServingCertDir, clientKey)}
+	kubeconfig.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s", AuthInfo: host}
 	kubeconfig.CurrentContext = "h8s"
 	kubeconfigFile, configFile := filepath.Join(hooks.LocalServingCertDir, "kubeconfig"), filepath.Join(hooks.LocalServingCertDir, "authorization.yaml")
+	admissionFile := filepath.Join(hooks.LocalServingCertDir, "admission.yaml")
+	for name, data := range map[string][]byte{clientCA: client.ca, clientCert: client.cert, clientKey: client.key} {
+		if err := os.WriteFile(filepath.Join(hooks.LocalServingCertDir, name), data, 0o600); err != nil {
+			return err
+		}
+	}
+	if err := os.WriteFile(admissionFile, bytes.ReplaceAll(apiserver.Admission, []byte(apiserver.WebhooksKubeconfig), []byte(kubeconfigFile)), 0o600); err != nil {
+		return err
+	}
 	if err := clientcmd.WriteToFile(*kubeconfig, kubeconfigFile); err != nil {
 		return err
 	}
@@ -156,7 +178,7 @@ func configureAuthorization(apiServer *envtest.APIServer, hooks *envtest.Webhook
 	if err := os.WriteFile(configFile, config, 0o600); err != nil {
 		return err
 	}
-	apiServer.Configure().Disable("authorization-mode").Set("authorization-config", configFile)
+	apiServer.Configure().Disable("authorization-mode").Set("authorization-config", configFile).Set("admission-control-config-file", admissionFile)
 	return nil
 }
 
@@ -286,7 +308,7 @@ func startManager(ctx context.Context, admin *rest.Config, hooks *envtest.Webhoo
 		Scheme:        cluster.scheme,
 		Cache:         CacheOptions(),
 		Metrics:       metricsserver.Options{BindAddress: "0"},
-		WebhookServer: NewWebhookServer(hooks.LocalServingHost, hooks.LocalServingPort, hooks.LocalServingCertDir),
+		WebhookServer: NewWebhookServer(hooks.LocalServingHost, hooks.LocalServingPort, hooks.LocalServingCertDir, filepath.Join(hooks.LocalServingCertDir, clientCA)),
 	})
 	if err != nil {
 		return nil, err

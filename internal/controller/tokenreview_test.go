@@ -56,7 +56,8 @@ func reviewTokens(apiServer *envtest.APIServer, hooks *envtest.WebhookInstallOpt
 		Server:                   fmt.Sprintf("https://%s:%d%s", hooks.LocalServingHost, hooks.LocalServingPort, apiserver.TokenReviewPath),
 		CertificateAuthorityData: hooks.LocalServingCAData,
 	}
-	config.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
+	config.AuthInfos["h8s"] = &clientcmdapi.AuthInfo{ClientCertificate: filepath.Join(hooks.LocalServingCertDir, clientCert), ClientKey: filepath.Join(hooks.LocalServingCertDir, clientKey)}
+	config.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s", AuthInfo: "h8s"}
 	config.CurrentContext = "h8s"
 	path := filepath.Join(hooks.LocalServingCertDir, "token-review.kubeconfig")
 	apiServer.Configure().

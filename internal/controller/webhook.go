@@ -3,9 +3,11 @@ package controller
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"os"
 	"path/filepath"
 
 	admissionv1 "k8s.io/api/admission/v1"
@@ -23,8 +25,10 @@ import (
 // directory, which is read anew for each connection: a replaced Secret counts
 // without a restart, and without an inotify watch, of which a node has few (128
 // by default). The API server keeps its connections open, so this costs nothing.
-func NewWebhookServer(host string, port int, certDir string) webhook.Server {
-	return webhook.NewServer(webhook.Options{Host: host, Port: port, TLSOpts: []func(*tls.Config){func(c *tls.Config) {
+// If clientCA, a file that is read likewise, is named, only who has a client certificate of it
+// is answered; our own probe, which has none, only connects.
+func NewWebhookServer(host string, port int, certDir, clientCA string) webhook.Server {
+	server := webhook.NewServer(webhook.Options{Host: host, Port: port, TLSOpts: []func(*tls.Config){func(c *tls.Config) {
 		c.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 			cert, err := tls.LoadX509KeyPair(filepath.Join(certDir, corev1.TLSCertKey), filepath.Join(certDir, corev1.TLSPrivateKeyKey))
 			if err != nil {
@@ -32,7 +36,41 @@ func NewWebhookServer(host string, port int, certDir string) webhook.Server {
 			}
 			return &cert, nil
 		}
+		if clientCA == "" {
+			return
+		}
+		base := c.Clone()
+		c.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			data, err := os.ReadFile(clientCA)
+			if err != nil {
+				return nil, fmt.Errorf("read whose certificates the webhooks' clients must have: %w", err)
+			}
+			config := base.Clone()
+			config.ClientAuth, config.ClientCAs = tls.VerifyClientCertIfGiven, x509.NewCertPool()
+			if !config.ClientCAs.AppendCertsFromPEM(data) {
+				return nil, fmt.Errorf("%s has no PEM certificate", clientCA)
+			}
+			return config, nil
+		}
 	}}})
+	if clientCA == "" {
+		return server
+	}
+	return &guardedServer{server}
+}
+
+// guardedServer answers those whose certificate was verified.
+type guardedServer struct{ webhook.Server }
+
+// Register implements webhook.Server.
+func (s *guardedServer) Register(path string, hook http.Handler) {
+	s.Server.Register(path, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
+			http.Error(w, "only API servers are answered: show a client certificate of the CA in the chart's value webhooks.clientCA", http.StatusUnauthorized)
+			return
+		}
+		hook.ServeHTTP(w, r)
+	}))
 }
 
 // namespaceWebhook puts a namespace into the tenant of the user who creates it.

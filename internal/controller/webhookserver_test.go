@@ -1,0 +1,139 @@
+package controller
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/util/cert"
+	"k8s.io/client-go/util/keyutil"
+)
+
+// authority is a CA with a client that has a certificate of it, all PEM.
+type authority struct{ ca, cert, key []byte }
+
+func newAuthority() (authority, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return authority{}, err
+	}
+	ca, err := cert.NewSelfSignedCACert(cert.Config{CommonName: "front-proxy-ca"}, key)
+	if err != nil {
+		return authority{}, err
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "front-proxy-client"}, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, ca, key.Public(), key)
+	if err != nil {
+		return authority{}, err
+	}
+	data, err := keyutil.MarshalPrivateKeyToPEM(key)
+	if err != nil {
+		return authority{}, err
+	}
+	return authority{ca: encode(ca.Raw), cert: encode(der), key: data}, nil
+}
+
+func encode(der []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: cert.CertificateBlockType, Bytes: der})
+}
+
+// newWebhookClient is an authority of the test, and its client's certificate.
+func newWebhookClient(t *testing.T) (authority, tls.Certificate) {
+	t.Helper()
+	a, err := newAuthority()
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate, err := tls.X509KeyPair(a.cert, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a, certificate
+}
+
+// Who shows no certificate of the API servers' CA is not answered.
+func TestWebhookClients(t *testing.T) {
+	ours, apiServer := newWebhookClient(t)
+	others, stranger := newWebhookClient(t)
+	file := filepath.Join(t.TempDir(), "ca.crt")
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().(*net.TCPAddr)
+	_ = listener.Close()
+	server := NewWebhookServer("127.0.0.1", address.Port, cluster.hooks.LocalServingCertDir, file)
+	server.Register("/hook", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "answered") }))
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := server.Start(ctx); err != nil {
+			t.Errorf("webhook server: %v", err)
+		}
+	})
+	t.Cleanup(func() { cancel(); running.Wait() })
+
+	ask := func(certificates ...tls.Certificate) (string, error) {
+		roots := x509.NewCertPool()
+		roots.AppendCertsFromPEM(cluster.hooks.LocalServingCAData)
+		transport := &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: certificates}}
+		response, err := (&http.Client{Transport: transport, Timeout: patience}).Get("https://" + address.String() + "/hook")
+		if err != nil {
+			return "", err
+		}
+		defer response.Body.Close()
+		body, err := io.ReadAll(response.Body)
+		return response.Status + " " + string(body), err
+	}
+	if err := os.WriteFile(file, ours.ca, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error { return server.StartedChecker()(nil) }) // it has no certificate to show
+	refused := func(who string, certificates ...tls.Certificate) {
+		t.Helper()
+		if out, err := ask(certificates...); err == nil && !strings.HasPrefix(out, "401 Unauthorized only API servers are answered") {
+			t.Errorf("%s: %s, %v", who, out, err)
+		}
+	}
+	accepted := func(who string, certificate tls.Certificate) {
+		t.Helper()
+		if out, err := ask(certificate); err != nil || out != "200 OK answered" {
+			t.Errorf("%s: %s, %v", who, out, err)
+		}
+	}
+	refused("nobody")
+	refused("a client of another CA", stranger)
+	accepted("an API server", apiServer)
+
+	// A replaced CA counts at once; without one, nobody is answered.
+	if err := os.WriteFile(file, others.ca, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	refused("a client of the former CA", apiServer)
+	accepted("a client of the new CA", stranger)
+	for name, content := range map[string]string{"an empty file": "", "a file without a certificate": "nothing"} {
+		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		refused(name, stranger)
+		refused(name)
+	}
+}
