@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -15,19 +14,15 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
-	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
-	"k8s.io/utils/ptr"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
@@ -35,6 +30,7 @@ import (
 
 	"h8s.io/hypernetes/api/v1alpha1"
 	"h8s.io/hypernetes/deploy/apiserver"
+	"h8s.io/hypernetes/internal/controlplane"
 )
 
 const (
@@ -127,7 +123,7 @@ func start(ctx context.Context) (stop func() error, err error) {
 	stops = append(stops, stopKCM)
 
 	cluster.hooks = hooks
-	if err := installChart(ctx, bin, filepath.Join(root, "deploy/h8s"), hooks); err != nil {
+	if err := controlplane.InstallChart(ctx, cluster.admin, bin, filepath.Join(root, "deploy/h8s"), "keystone.secretName=h8s-keystone,keystone.sync.enabled=true", hooks); err != nil {
 		return stop, err
 	}
 	stopManager, err := startManager(ctx, config, hooks)
@@ -237,65 +233,6 @@ func startControllerManager(ctx context.Context, bin string) (func() error, erro
 		return nil, fmt.Errorf("wait for kube-controller-manager: %w; its log:\n%s", err, log.String())
 	}
 	return stop, nil
-}
-
-// installChart applies what Helm renders, with webhooks that call this process.
-func installChart(ctx context.Context, bin, chart string, hooks *envtest.WebhookInstallOptions) error {
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, "helm"), "template", "h8s", chart, "--namespace", release, "--kube-version", "1.36.3", "--set", "keystone.secretName=h8s-keystone,keystone.sync.enabled=true")
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	rendered, err := cmd.Output()
-	if err != nil {
-		return fmt.Errorf("helm template: %w\n%s", err, stderr.String())
-	}
-	objects := []unstructured.Unstructured{{Object: map[string]any{"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"name": release}}}}
-	decoder := yaml.NewYAMLOrJSONDecoder(bytes.NewReader(rendered), 4096)
-	for {
-		var obj unstructured.Unstructured
-		if err := decoder.Decode(&obj.Object); errors.Is(err, io.EOF) {
-			break
-		} else if err != nil {
-			return fmt.Errorf("parse what helm rendered: %w", err)
-		}
-		if obj.Object != nil {
-			objects = append(objects, obj)
-		}
-	}
-	for i := range objects {
-		obj := &objects[i]
-		switch obj.GetKind() {
-		case "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration":
-			if err := redirect(obj, hooks); err != nil {
-				return err
-			}
-		}
-		if err := cluster.admin.Create(ctx, obj); err != nil && !apierrors.IsAlreadyExists(err) {
-			return fmt.Errorf("create %s %s: %w", obj.GetKind(), obj.GetName(), err)
-		}
-	}
-	return nil
-}
-
-// redirect makes the API server call this process instead of the chart's Service.
-func redirect(obj *unstructured.Unstructured, hooks *envtest.WebhookInstallOptions) error {
-	list, _, err := unstructured.NestedSlice(obj.Object, "webhooks")
-	if err != nil {
-		return err
-	}
-	for _, item := range list {
-		hook := item.(map[string]any)
-		path, _, err := unstructured.NestedString(hook, "clientConfig", "service", "path")
-		if err != nil {
-			return err
-		}
-		var config admissionregistrationv1.WebhookClientConfig
-		config.URL = ptr.To(fmt.Sprintf("https://%s:%d%s", hooks.LocalServingHost, hooks.LocalServingPort, path))
-		config.CABundle = hooks.LocalServingCAData
-		if hook["clientConfig"], err = runtime.DefaultUnstructuredConverter.ToUnstructured(&config); err != nil {
-			return err
-		}
-	}
-	return unstructured.SetNestedSlice(obj.Object, list, "webhooks")
 }
 
 func startManager(ctx context.Context, admin *rest.Config, hooks *envtest.WebhookInstallOptions) (func() error, error) {

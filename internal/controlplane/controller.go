@@ -185,5 +185,5 @@ func (p *Plane) TokenReviews() (*http.Client, string) {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(p.hooks.LocalServingCAData)
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, MaxIdleConnsPerHost: 64, ForceAttemptHTTP2: true}
-	return &http.Client{Transport: transport, Timeout: startTimeout}, p.webhook(apiserver.TokenReviewPath)
+	return &http.Client{Transport: transport, Timeout: startTimeout}, webhookURL(p.hooks, apiserver.TokenReviewPath)
 }

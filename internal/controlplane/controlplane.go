@@ -115,7 +115,7 @@ func (p *Plane) Close() error {
 func (p *Plane) startAPIServer(ctx context.Context) error {
 	p.env = &envtest.Environment{BinaryAssetsDirectory: p.opts.Bin, ControlPlaneStartTimeout: 2 * time.Minute, ControlPlaneStopTimeout: time.Minute}
 	kubeconfig := clientcmdapi.NewConfig()
-	kubeconfig.Clusters["h8s"] = &clientcmdapi.Cluster{Server: p.webhook(apiserver.AuthorizePath), CertificateAuthorityData: p.hooks.LocalServingCAData}
+	kubeconfig.Clusters["h8s"] = &clientcmdapi.Cluster{Server: webhookURL(p.hooks, apiserver.AuthorizePath), CertificateAuthorityData: p.hooks.LocalServingCAData}
 	kubeconfig.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
 	kubeconfig.CurrentContext = "h8s"
 	path, authorization := filepath.Join(p.dir, "webhooks.kubeconfig"), filepath.Join(p.dir, "authorization.yaml")
@@ -147,9 +147,8 @@ func (p *Plane) startAPIServer(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// webhook is the URL of one of the controller's webhooks.
-func (p *Plane) webhook(path string) string {
-	return fmt.Sprintf("https://%s:%d%s", p.hooks.LocalServingHost, p.hooks.LocalServingPort, path)
+func webhookURL(hooks *envtest.WebhookInstallOptions, path string) string {
+	return fmt.Sprintf("https://%s:%d%s", hooks.LocalServingHost, hooks.LocalServingPort, path)
 }
 
 // startKubernetesControllers runs those that tenants need without nodes: they aggregate
@@ -182,16 +181,22 @@ func (p *Plane) startKubernetesControllers(ctx context.Context) error {
 	})
 }
 
-// installChart applies what Helm renders, with webhooks that lead to the process.
 func (p *Plane) installChart(ctx context.Context) error {
-	cmd := exec.CommandContext(ctx, filepath.Join(p.opts.Bin, "helm"), "template", "h8s", p.opts.Chart, "--namespace", namespace, "--kube-version", "1.36.3")
+	return InstallChart(ctx, p, p.opts.Bin, p.opts.Chart, "", p.hooks)
+}
+
+// InstallChart applies what Helm, of bin, renders of the chart with the values, as its
+// --set has them, but for what runs on nodes. The API server will call the address in
+// hooks, and not the chart's Service.
+func InstallChart(ctx context.Context, c client.Client, bin, chart, values string, hooks *envtest.WebhookInstallOptions) error {
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "helm"), "template", "h8s", chart, "--namespace", namespace, "--kube-version", "1.36.3", "--set", values)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	rendered, err := cmd.Output()
 	if err != nil {
 		return fmt.Errorf("helm template: %w\n%s", err, stderr.String())
 	}
-	if err := p.Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}); err != nil {
+	if err := c.Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}); err != nil {
 		return err
 	}
 	decoder := yaml.NewYAMLOrJSONDecoder(bytes.NewReader(rendered), 4096)
@@ -206,18 +211,18 @@ func (p *Plane) installChart(ctx context.Context) error {
 		case "", "Deployment", "DaemonSet": // there are no nodes
 			continue
 		case "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration":
-			if err := p.redirect(&obj); err != nil {
+			if err := redirect(&obj, hooks); err != nil {
 				return err
 			}
 		}
-		if err := p.Create(ctx, &obj); err != nil && !apierrors.IsAlreadyExists(err) {
+		if err := c.Create(ctx, &obj); err != nil && !apierrors.IsAlreadyExists(err) {
 			return fmt.Errorf("create %s %s: %w", obj.GetKind(), obj.GetName(), err)
 		}
 	}
 }
 
-// redirect makes the API server call the process instead of the chart's Service.
-func (p *Plane) redirect(obj *unstructured.Unstructured) error {
+// redirect makes the API server call the address in hooks instead of the chart's Service.
+func redirect(obj *unstructured.Unstructured, hooks *envtest.WebhookInstallOptions) error {
 	list, _, err := unstructured.NestedSlice(obj.Object, "webhooks")
 	if err != nil {
 		return err
@@ -228,7 +233,7 @@ func (p *Plane) redirect(obj *unstructured.Unstructured) error {
 		if err != nil {
 			return err
 		}
-		config := admissionregistrationv1.WebhookClientConfig{URL: ptr.To(p.webhook(path)), CABundle: p.hooks.LocalServingCAData}
+		config := admissionregistrationv1.WebhookClientConfig{URL: ptr.To(webhookURL(hooks, path)), CABundle: hooks.LocalServingCAData}
 		if hook["clientConfig"], err = k8sruntime.DefaultUnstructuredConverter.ToUnstructured(&config); err != nil {
 			return err
 		}

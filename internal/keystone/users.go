@@ -12,6 +12,7 @@ import (
 	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/projects"
 	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/roles"
 	"github.com/gophercloud/gophercloud/v2/openstack/identity/v3/users"
+	"github.com/gophercloud/gophercloud/v2/pagination"
 )
 
 // ServiceRole is the role that lets a service validate other people's tokens, and
@@ -118,18 +119,11 @@ func ensureServiceUser(ctx context.Context, admin *gophercloud.ServiceClient, us
 	if err != nil {
 		return err
 	}
-	pages, err := projects.List(admin, projects.ListOpts{Name: ServiceProject, DomainID: defaultDomainID}).AllPages(ctx)
+	project, err := only(ctx, projects.List(admin, projects.ListOpts{Name: ServiceProject, DomainID: defaultDomainID}), projects.ExtractProjects)
 	if err != nil {
-		return err
+		return fmt.Errorf("the project %s: %w", ServiceProject, err)
 	}
-	found, err := projects.ExtractProjects(pages)
-	if err != nil {
-		return err
-	}
-	if len(found) != 1 {
-		return fmt.Errorf("found %d projects %s, want one", len(found), ServiceProject)
-	}
-	return roles.Assign(ctx, admin, roleID, roles.AssignOpts{UserID: userID, ProjectID: found[0].ID}).ExtractErr()
+	return roles.Assign(ctx, admin, roleID, roles.AssignOpts{UserID: userID, ProjectID: project.ID}).ExtractErr()
 }
 
 // ensureUser is the id of the user, which is in the domain Default.
@@ -137,31 +131,33 @@ func ensureUser(ctx context.Context, admin *gophercloud.ServiceClient, name, pas
 	if _, err := users.Create(ctx, admin, users.CreateOpts{Name: name, DomainID: defaultDomainID, Password: password}).Extract(); !there(err) {
 		return "", err
 	}
-	pages, err := users.List(admin, users.ListOpts{Name: name, DomainID: defaultDomainID}).AllPages(ctx)
+	user, err := only(ctx, users.List(admin, users.ListOpts{Name: name, DomainID: defaultDomainID}), users.ExtractUsers)
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("the user %s: %w", name, err)
 	}
-	found, err := users.ExtractUsers(pages)
-	if err != nil {
-		return "", err
-	}
-	if len(found) != 1 {
-		return "", fmt.Errorf("found %d users %s, want one", len(found), name)
-	}
-	return found[0].ID, nil
+	return user.ID, nil
 }
 
 func findRole(ctx context.Context, admin *gophercloud.ServiceClient, name string) (string, error) {
-	pages, err := roles.List(admin, roles.ListOpts{Name: name}).AllPages(ctx)
+	role, err := only(ctx, roles.List(admin, roles.ListOpts{Name: name}), roles.ExtractRoles)
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("the role %s: %w", name, err)
 	}
-	found, err := roles.ExtractRoles(pages)
+	return role.ID, nil
+}
+
+// only is the one thing of a list that should have no other.
+func only[T any](ctx context.Context, list pagination.Pager, extract func(pagination.Page) ([]T, error)) (one T, err error) {
+	pages, err := list.AllPages(ctx)
 	if err != nil {
-		return "", err
+		return one, err
+	}
+	found, err := extract(pages)
+	if err != nil {
+		return one, err
 	}
 	if len(found) != 1 {
-		return "", fmt.Errorf("found %d roles %s, want one", len(found), name)
+		return one, fmt.Errorf("%d are listed, not one", len(found))
 	}
-	return found[0].ID, nil
+	return found[0], nil
 }
