@@ -31,30 +31,23 @@ func ensureCrun(ctx context.Context, dir string) (program string, err error) {
 
 func obtainCrun(ctx context.Context, dir string) (program string, err error) {
 	program, stamp := filepath.Join(dir, "crun"), filepath.Join(dir, "built-of")
-	shown, err := run(ctx, "", "apt-cache", "show", "--no-all-versions", "crun")
-	if err != nil {
-		return "", fmt.Errorf("which crun to build: %w; run apt-get update", err)
+	version, of, err := wantedCrun(ctx)
+	switch have, bad := os.ReadFile(stamp); {
+	case bad == nil && (err != nil || string(have) == of):
+		return program, nil // where nobody can tell which it should be, the one that is there will do
+	case err != nil:
+		return "", err
+	case bad != nil && !errors.Is(bad, fs.ErrNotExist):
+		return "", bad
 	}
-	version, err := sourceVersion(shown)
-	if err != nil {
-		return "", fmt.Errorf("which crun to build: %w", err)
-	}
-	with, err := run(ctx, "", "dpkg-query", append([]string{"--show"}, crunNeeds...)...)
-	if err != nil {
-		return "", fmt.Errorf("%w; run make deps", err)
-	}
-	of := fmt.Sprintf("crun %s, configured with %s, and\n%s", version, strings.Join(crunOptions, " "), with)
-	have, err := os.ReadFile(stamp)
-	if err == nil && string(have) == of {
-		return program, nil
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
-	if err := os.RemoveAll(dir); err != nil {
+	scratch, err := os.MkdirTemp(dir, "build-")
+	if err != nil {
 		return "", err
 	}
-	scratch := filepath.Join(dir, "build")
+	defer os.RemoveAll(scratch)
 	built, err := buildCrun(ctx, scratch, version)
 	if err != nil {
 		return "", err
@@ -69,10 +62,23 @@ func obtainCrun(ctx context.Context, dir string) (program string, err error) {
 	if err := os.Rename(built, program); err != nil {
 		return "", err
 	}
-	if err := os.RemoveAll(scratch); err != nil {
-		return "", err
-	}
 	return program, os.WriteFile(stamp, []byte(of), 0o644)
+}
+
+// wantedCrun is the version that Debian has, and all that a build of it depends on.
+func wantedCrun(ctx context.Context) (version, of string, err error) {
+	shown, err := run(ctx, "", "apt-cache", "show", "--no-all-versions", "crun")
+	if err != nil {
+		return "", "", fmt.Errorf("which crun to build: %w; run apt-get update", err)
+	}
+	if version, err = sourceVersion(shown); err != nil {
+		return "", "", fmt.Errorf("which crun to build: %w", err)
+	}
+	with, err := run(ctx, "", "dpkg-query", append([]string{"--show"}, crunNeeds...)...)
+	if err != nil {
+		return "", "", fmt.Errorf("%w; run make deps", err)
+	}
+	return version, fmt.Sprintf("crun %s, configured with %s, and\n%s", version, strings.Join(crunOptions, " "), with), nil
 }
 
 // buildCrun builds a version of the source package in the directory scratch.

@@ -496,7 +496,7 @@ func init() {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), "bash", "-euc", `
-		cp -a bin/hyper/kernel "$1"
+		cp -a bin/hyper/kernel bin/hyper/crun "$1"
 		CGO_ENABLED=0 go build -overlay "$1/overlay.json" -ldflags '-s -w' -o "$1/hyperinit" ./cmd/hyperinit
 		go run ./images/guest -out "$1"
 		mv "$1/initrd.img" "$2"`, "bash", scratch, dir)

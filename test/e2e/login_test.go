@@ -227,7 +227,7 @@ func (k *openStack) as(t *testing.T, user *users.User, password string) *gopherc
 // their names.
 func TestLogin(t *testing.T) {
 	if cluster.provider == nil {
-		t.Fatal("these people log in to the cluster that the tests bring up themselves: leave -cluster out")
+		t.Skip("these people log in to the cluster that the tests bring up themselves: leave -cluster out")
 	}
 	const member = "keystone:Default/ann%20o%27hara"
 	k := newOpenStack(t)
@@ -339,7 +339,7 @@ spec:
 		if err := tokens.Get(t.Context(), k.admin, token).Err; !gophercloud.ResponseCodeIs(err, 404) {
 			t.Errorf("after the logout Keystone says of the token: %v, want that there is none", err)
 		}
-		ann.refused(t, "", "kubectl", "get", "pods", "-n", "login-shop")
+		ann.refused(t, "run `h8s login`", "kubectl", "get", "pods", "-n", "login-shop")
 	})
 	t.Run("DeviceFlow", func(t *testing.T) {
 		her := newPerson(t)

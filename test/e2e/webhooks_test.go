@@ -31,14 +31,15 @@ func TestWebhooks(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				config.Certificates = []tls.Certificate{certificate}
+				// Whoever the server says that it wants.
+				config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &certificate, nil }
 			}
 			client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DialContext: dial, TLSClientConfig: config, DisableKeepAlives: true}}
 			for _, path := range []string{"/authorize", "/token-review", "/validate-usage", "/mutate-namespace"} {
 				const review = `{"apiVersion":"authorization.k8s.io/v1","kind":"SubjectAccessReview","spec":{"user":"alice"}}`
 				response, err := client.Post(host+path, "application/json", strings.NewReader(review))
 				if err != nil {
-					if test.answered || !strings.Contains(err.Error(), "tls:") {
+					if test.answered { // a refusal may be told, or meet what is still being sent
 						t.Errorf("%s: %v", path, err)
 					}
 					continue
