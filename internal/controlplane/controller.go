@@ -32,10 +32,7 @@ type Controller struct {
 // the controller is ready: its webhooks answer, and they do before it has reconciled
 // anything.
 func (p *Plane) StartController(ctx context.Context) error {
-	kubeconfig, err := p.controllerKubeconfig(ctx)
-	if err != nil {
-		return err
-	}
+	var err error
 	addresses := make([]string, 3)
 	for i := range addresses {
 		if addresses[i], err = freeAddress(ctx); err != nil {
@@ -51,7 +48,7 @@ func (p *Plane) StartController(ctx context.Context) error {
 		args = append(args, "--keystone-clouds="+p.opts.KeystoneClouds, "--keystone-fresh=10s")
 	}
 	c := &Controller{Started: time.Now(), health: addresses[0], metrics: addresses[1], pprof: addresses[2], http: &http.Client{Timeout: startTimeout, Transport: &http.Transport{DisableCompression: true}}}
-	if c.process, err = p.run(account, []string{"KUBECONFIG=" + kubeconfig}, args...); err != nil {
+	if c.process, err = p.run(account, []string{"KUBECONFIG=" + p.controllerKubeconfig()}, args...); err != nil {
 		return err
 	}
 	p.Controller = c

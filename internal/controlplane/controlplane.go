@@ -93,7 +93,7 @@ func Start(ctx context.Context, opts Options) (_ *Plane, err error) {
 		return nil, fmt.Errorf("make the certificate of the webhooks: %w", err)
 	}
 	p.stops = append(p.stops, p.hooks.Cleanup)
-	for _, step := range []func(context.Context) error{p.startAPIServer, p.startKubernetesControllers, p.installChart, p.StartController} {
+	for _, step := range []func(context.Context) error{p.startAPIServer, p.startKubernetesControllers, p.installChart, p.writeKubeconfig, p.StartController} {
 		if err := step(ctx); err != nil {
 			return nil, err
 		}
@@ -320,19 +320,32 @@ func tail(text string, lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }
 
-// controllerKubeconfig is that of the chart's ServiceAccount: the controller has the
-// rights that the chart gives it, and no others.
-func (p *Plane) controllerKubeconfig(ctx context.Context) (string, error) {
-	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: ptr.To(int64((24 * time.Hour).Seconds()))}}
+// controllerKubeconfig is the file that writeKubeconfig writes.
+func (p *Plane) controllerKubeconfig() string { return filepath.Join(p.dir, account+".kubeconfig") }
+
+// writeKubeconfig writes that of the chart's ServiceAccount: the controller has the
+// rights that the chart gives it, and no others. A pod, which no node runs, holds the
+// token: else the API server would ask the controller about each of its own requests.
+func (p *Plane) writeKubeconfig(ctx context.Context) error {
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: account},
+		Spec:       corev1.PodSpec{ServiceAccountName: account, Containers: []corev1.Container{{Name: "controller", Image: account}}},
+	}
+	if err := p.Create(ctx, pod); err != nil {
+		return fmt.Errorf("make the pod %s: %w", account, err)
+	}
+	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
+		ExpirationSeconds: ptr.To(int64((24 * time.Hour).Seconds())),
+		BoundObjectRef:    &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod.Name, UID: pod.UID},
+	}}
 	sa := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: account}}
 	if err := p.SubResource("token").Create(ctx, sa, request); err != nil {
-		return "", fmt.Errorf("make a token of the ServiceAccount %s: %w", account, err)
+		return fmt.Errorf("make a token of the ServiceAccount %s: %w", account, err)
 	}
 	config := clientcmdapi.NewConfig()
 	config.Clusters["c"] = &clientcmdapi.Cluster{Server: p.Config.Host, CertificateAuthorityData: p.Config.CAData}
 	config.AuthInfos["u"] = &clientcmdapi.AuthInfo{Token: request.Status.Token}
 	config.Contexts["x"] = &clientcmdapi.Context{Cluster: "c", AuthInfo: "u"}
 	config.CurrentContext = "x"
-	path := filepath.Join(p.dir, account+".kubeconfig")
-	return path, clientcmd.WriteToFile(*config, path)
+	return clientcmd.WriteToFile(*config, p.controllerKubeconfig())
 }
