@@ -12,9 +12,11 @@ import (
 	"strings"
 	"time"
 
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	flowcontrolv1 "k8s.io/api/flowcontrol/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	apiwait "k8s.io/apimachinery/pkg/util/wait"
@@ -22,6 +24,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/tenancy"
 )
 
 const (
@@ -146,22 +149,24 @@ func measureWithout(ctx context.Context, l *lab, _ options, p *progress) ([]Row,
 	}
 	var rows []Row
 	for _, step := range []struct {
-		name string
-		kind client.Object
-		list client.ObjectList
+		name   string
+		kind   client.Object
+		list   client.ObjectList
+		settle func(context.Context) error
 	}{
-		{"FlowSchemas", &flowcontrolv1.FlowSchema{}, &flowcontrolv1.FlowSchemaList{}},
-		{"FlowSchemas and ClusterRoleBindings", &rbacv1.ClusterRoleBinding{}, &rbacv1.ClusterRoleBindingList{}},
+		{"FlowSchemas", &flowcontrolv1.FlowSchema{}, &flowcontrolv1.FlowSchemaList{}, c.settleFlows},
+		{"FlowSchemas and ClusterRoleBindings", &rbacv1.ClusterRoleBinding{}, &rbacv1.ClusterRoleBindingList{}, c.settleRoles},
 	} {
-		if err := c.List(ctx, step.list, client.HasLabels{v1alpha1.LabelManagedBy}); err != nil {
+		ours := client.MatchingLabels{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy} // not the chart's
+		if err := c.List(ctx, step.list, ours); err != nil {
 			return nil, err
 		}
 		n := apimeta.LenList(step.list)
-		if err := c.DeleteAllOf(ctx, step.kind, client.MatchingLabels{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy}); err != nil {
+		if err := c.DeleteAllOf(ctx, step.kind, ours); err != nil {
 			return nil, fmt.Errorf("delete the %s: %w", step.name, err)
 		}
-		if err := c.settleFlows(ctx); err != nil {
-			return nil, err
+		if err := step.settle(ctx); err != nil {
+			return nil, fmt.Errorf("wait until the API server knows that the %s are gone: %w", step.name, err)
 		}
 		without, err := c.gets(ctx)
 		if err != nil {
@@ -183,11 +188,15 @@ func measureWithout(ctx context.Context, l *lab, _ options, p *progress) ([]Row,
 	return rows, c.idle(ctx)
 }
 
+// lastMember is whose objects are the last by name. They are deleted last, and the API
+// server's watches tell it in that order.
+func (c *crowd) lastMember() string { return nthMember(c.count-1, len(memberRoles())-1) }
+
 // settleFlows returns when the API server puts a tenant's member into no FlowSchema of
-// the tenant's: it learns of objects by watches, and of all kinds at about the same time.
+// the tenant's.
 func (c *crowd) settleFlows(ctx context.Context) error {
 	config := rest.CopyConfig(c.Config)
-	config.Impersonate = rest.ImpersonationConfig{UserName: nthMember(0, 0), Groups: []string{"system:authenticated"}}
+	config.Impersonate = rest.ImpersonationConfig{UserName: c.lastMember(), Groups: []string{"system:authenticated"}}
 	httpClient, err := rest.HTTPClientFor(config)
 	if err != nil {
 		return err
@@ -208,6 +217,19 @@ func (c *crowd) settleFlows(ctx context.Context) error {
 		defer resp.Body.Close()
 		_, err = io.Copy(io.Discard, resp.Body)
 		return resp.Header.Get(flowcontrolv1.ResponseHeaderMatchedFlowSchemaUID) == string(everybody.UID), err
+	})
+}
+
+// settleRoles returns when the API server refuses a member what its User gave it: to
+// look at its request for a certificate. The bindings of Users come after those of tenants.
+func (c *crowd) settleRoles(ctx context.Context) error {
+	member, err := c.impersonate(c.lastMember())
+	if err != nil {
+		return err
+	}
+	return apiwait.PollUntilContextTimeout(ctx, 50*time.Millisecond, readyLimit, true, func(ctx context.Context) (bool, error) {
+		err := member.Get(ctx, client.ObjectKey{Name: tenancy.RenewalPrefix + c.lastMember()}, &certificatesv1.CertificateSigningRequest{})
+		return apierrors.IsForbidden(err), client.IgnoreNotFound(ignore(err, apierrors.IsForbidden))
 	})
 }
 
