@@ -139,14 +139,36 @@ func measureWithout(ctx context.Context, l *lab, _ options, p *progress) ([]Row,
 	if c.count == 0 {
 		return nil, errors.New("there are no tenants: run the section tenants as well")
 	}
+	// An earlier section may have failed.
+	if err := c.EnsureController(ctx); err != nil {
+		return nil, err
+	}
 	p.say("small requests without FlowSchemas and ClusterRoleBindings of tenants")
 	with, err := c.gets(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := c.StopController(); err != nil {
+	var rows []Row
+	if err := c.whileStopped(ctx, func() error {
+		rows, err = c.without(ctx, with)
+		return err
+	}); err != nil {
 		return nil, err
 	}
+	return rows, c.idle(ctx)
+}
+
+// whileStopped does something without the controller, and starts it again in any case.
+func (c *crowd) whileStopped(ctx context.Context, do func() error) error {
+	err := c.StopController()
+	if err == nil {
+		err = do()
+	}
+	return errors.Join(err, c.EnsureController(ctx))
+}
+
+// without compares small requests with those by which it was measured how it is.
+func (c *crowd) without(ctx context.Context, with map[string][]float64) ([]Row, error) {
 	var rows []Row
 	for _, step := range []struct {
 		name   string
@@ -182,10 +204,7 @@ func measureWithout(ctx context.Context, l *lab, _ options, p *progress) ([]Row,
 			rows = append(rows, r)
 		}
 	}
-	if err := c.StartController(ctx); err != nil {
-		return nil, err
-	}
-	return rows, c.idle(ctx)
+	return rows, nil
 }
 
 // lastMember is whose objects are the last by name. They are deleted last, and the API
@@ -304,22 +323,19 @@ func (c *crowd) measureRestart(ctx context.Context) error {
 	if c.count == 0 { // nothing to wait for
 		return nil
 	}
-	if err := c.StopController(); err != nil {
-		return err
-	}
 	var broken []client.ObjectKey
-	for i := range min(turned, c.count) {
-		key := client.ObjectKey{Namespace: nthNamespace(i*c.count/min(turned, c.count), 0), Name: "h8s:view"}
-		if err := c.Delete(ctx, &rbacv1.RoleBinding{ObjectMeta: metav1.ObjectMeta{Namespace: key.Namespace, Name: key.Name}}); err != nil {
-			return fmt.Errorf("put a tenant out of step: %w", err)
+	var before float64
+	if err := c.whileStopped(ctx, func() (err error) {
+		for i := range min(turned, c.count) {
+			key := client.ObjectKey{Namespace: nthNamespace(i*c.count/min(turned, c.count), 0), Name: "h8s:view"}
+			if err := c.Delete(ctx, &rbacv1.RoleBinding{ObjectMeta: metav1.ObjectMeta{Namespace: key.Namespace, Name: key.Name}}); err != nil {
+				return fmt.Errorf("put a tenant out of step: %w", err)
+			}
+			broken = append(broken, key)
 		}
-		broken = append(broken, key)
-	}
-	before, err := c.Requests(ctx)
-	if err != nil {
+		before, err = c.Requests(ctx)
 		return err
-	}
-	if err := c.StartController(ctx); err != nil {
+	}); err != nil {
 		return err
 	}
 	ready := time.Since(c.Controller.Started)
@@ -342,11 +358,15 @@ func (c *crowd) measureRestart(ctx context.Context) error {
 	return nil
 }
 
-// measureDeletion deletes all tenants at once, then their people.
+// measureDeletion deletes all tenants at once. Their people stay.
 func measureDeletion(ctx context.Context, l *lab, _ options, p *progress) ([]Row, error) {
 	c := l.crowd
 	if c.count == 0 {
 		return nil, errors.New("there are no tenants to delete: run the section tenants as well")
+	}
+	// An earlier section may have failed.
+	if err := c.EnsureController(ctx); err != nil {
+		return nil, err
 	}
 	p.say("deleting %d tenants", c.count)
 	before, err := c.Requests(ctx)
@@ -354,8 +374,9 @@ func measureDeletion(ctx context.Context, l *lab, _ options, p *progress) ([]Row
 		return nil, err
 	}
 	began := time.Now()
-	if err := inParallel(ctx, 0, c.count, func(ctx context.Context, i int) error {
-		return c.Delete(ctx, &v1alpha1.Tenant{ObjectMeta: metav1.ObjectMeta{Name: nthTenant(i)}})
+	// One more may be there, whose making failed.
+	if err := inParallel(ctx, 0, c.count+1, func(ctx context.Context, i int) error {
+		return client.IgnoreNotFound(c.Delete(ctx, &v1alpha1.Tenant{ObjectMeta: metav1.ObjectMeta{Name: nthTenant(i)}}))
 	}); err != nil {
 		return nil, fmt.Errorf("delete a Tenant: %w", err)
 	}

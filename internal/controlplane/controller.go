@@ -28,10 +28,23 @@ type Controller struct {
 	http                   *http.Client
 }
 
-// StartController starts h8s-controller as the chart's ServiceAccount. It returns when
-// the controller is ready: its webhooks answer, and they do before it has reconciled
-// anything.
-func (p *Plane) StartController(ctx context.Context) error {
+// EnsureController starts h8s-controller, as the chart's ServiceAccount, unless it runs.
+// It returns when the controller is ready: its webhooks answer, and they do before it has
+// reconciled anything.
+func (p *Plane) EnsureController(ctx context.Context) error {
+	if p.Controller == nil || p.Controller.hasEnded() {
+		if err := p.startController(ctx); err != nil {
+			return err
+		}
+	}
+	c := p.Controller
+	return p.await(ctx, c.process, account, func(ctx context.Context) error {
+		_, err := c.get(ctx, c.health, "/readyz")
+		return err
+	})
+}
+
+func (p *Plane) startController(ctx context.Context) error {
 	var err error
 	addresses := make([]string, 3)
 	for i := range addresses {
@@ -52,10 +65,7 @@ func (p *Plane) StartController(ctx context.Context) error {
 		return err
 	}
 	p.Controller = c
-	return p.await(ctx, c.process, account, func(ctx context.Context) error {
-		_, err := c.get(ctx, c.health, "/readyz")
-		return err
-	})
+	return nil
 }
 
 // StopController ends the controller as Kubernetes does: it gives up the lease.

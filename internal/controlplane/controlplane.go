@@ -93,7 +93,7 @@ func Start(ctx context.Context, opts Options) (_ *Plane, err error) {
 		return nil, fmt.Errorf("make the certificate of the webhooks: %w", err)
 	}
 	p.stops = append(p.stops, p.hooks.Cleanup)
-	for _, step := range []func(context.Context) error{p.startAPIServer, p.startKubernetesControllers, p.installChart, p.writeKubeconfig, p.StartController} {
+	for _, step := range []func(context.Context) error{p.startAPIServer, p.startKubernetesControllers, p.installChart, p.writeKubeconfig, p.EnsureController} {
 		if err := step(ctx); err != nil {
 			return nil, err
 		}
@@ -281,6 +281,15 @@ func (p *Plane) run(name string, env []string, args ...string) (*process, error)
 	return child, nil
 }
 
+func (c *process) hasEnded() bool {
+	select {
+	case <-c.ended:
+		return true
+	default:
+		return false
+	}
+}
+
 // stop ends the process in order, and returns when it is gone.
 func (c *process) stop() error {
 	_ = c.cmd.Process.Signal(syscall.SIGTERM)
@@ -300,10 +309,8 @@ func (p *Plane) await(ctx context.Context, c *process, what string, check func(c
 	defer cancel()
 	var last error
 	err := wait.PollUntilContextCancel(ctx, pollInterval, true, func(ctx context.Context) (bool, error) {
-		select {
-		case <-c.ended:
+		if c.hasEnded() {
 			return false, errors.New("it has ended")
-		default:
 		}
 		last = check(ctx)
 		return last == nil, nil
