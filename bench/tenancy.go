@@ -428,6 +428,10 @@ func firstAndLast(samples []float64) (first, last []float64) {
 	return samples[:n], samples[len(samples)-n:]
 }
 
+// lastPlace says at how many tenants the series ends, as rows name it. A run that is cut
+// short may have made more.
+func lastPlace(s *Series) string { return fmt.Sprintf("%.0f tenants", s.X[len(s.X)-1]) }
+
 // rows sums up what was measured.
 func (c *crowd) rows() ([]Row, error) {
 	var rows []Row
@@ -458,8 +462,7 @@ func (c *crowd) rows() ([]Row, error) {
 			t = &Target{Value: target}
 		}
 		if s := c.values[metric]; s != nil {
-			at := fmt.Sprintf("%.0f tenants", s.X[len(s.X)-1])
-			rows = append(rows, absolute(at, metric, unit, newSide("h8s-controller", []float64{s.Y[len(s.Y)-1]}), t))
+			rows = append(rows, absolute(lastPlace(s), metric, unit, newSide("h8s-controller", []float64{s.Y[len(s.Y)-1]}), t))
 		}
 	}
 	value("controller's requests per tenant", "", 0)
@@ -467,7 +470,7 @@ func (c *crowd) rows() ([]Row, error) {
 		// Without the first place, no tenants: what is allocated once is in all the others.
 		all := c.values["controller's "+of]
 		slope := Series{X: all.X[1:], Y: all.Y[1:]}.slope()
-		rows = append(rows, absolute(end, "controller's "+of+" per tenant", "KB", newSide("h8s-controller", []float64{1000 * slope}), &Target{Value: memoryTarget}))
+		rows = append(rows, absolute(lastPlace(all), "controller's "+of+" per tenant", "KB", newSide("h8s-controller", []float64{1000 * slope}), &Target{Value: memoryTarget}))
 	}
 	value("restart to ready", "s", 0)
 	value("restart to converged", "s", restartTarget)

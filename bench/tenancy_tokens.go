@@ -185,8 +185,7 @@ func measureTokensAlone(ctx context.Context, l *lab, _ options, _ *progress) ([]
 	var rows []Row
 	for _, metric := range tokenMetrics() {
 		s := c.values[metric.name]
-		at := fmt.Sprintf("%.0f tenants", s.X[len(s.X)-1])
-		rows = append(rows, absolute(at, metric.name, metric.unit, newSide("h8s-controller", []float64{s.Y[len(s.Y)-1]}), nil))
+		rows = append(rows, absolute(lastPlace(s), metric.name, metric.unit, newSide("h8s-controller", []float64{s.Y[len(s.Y)-1]}), nil))
 	}
 	return rows, c.tokensErr
 }
