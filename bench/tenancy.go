@@ -35,6 +35,9 @@ const tenancySuite = "tenancy"
 
 const (
 	namespacesPerTenant = 3
+	// idleFor is how long the controller must do nothing to be done. What it tries again,
+	// 100 ms after a conflict and 5 ms, 10 ms and so on after errors, is not among what waits.
+	idleFor = time.Second
 	// readyLimit is for the slowest tenant's creation; deleting all of them takes longer.
 	readyLimit = time.Minute
 	// readyTarget is the issue's: the 99th percentile when there are as many tenants as asked for.
@@ -163,7 +166,8 @@ func (c *crowd) fill(ctx context.Context, o options) error {
 func (c *crowd) grow(ctx context.Context, n int) error {
 	added := n - c.count
 	if added == 0 {
-		return c.idle(ctx)
+		_, err := c.idle(ctx)
+		return err
 	}
 	c.p.say("making tenants %d to %d", c.count+1, n)
 	// People are there before their tenant.
@@ -177,7 +181,7 @@ func (c *crowd) grow(ctx context.Context, n int) error {
 	}); err != nil {
 		return fmt.Errorf("make Users: %w", err)
 	}
-	if err := c.idle(ctx); err != nil {
+	if _, err := c.idle(ctx); err != nil {
 		return err
 	}
 	before, err := c.Requests(ctx)
@@ -190,7 +194,7 @@ func (c *crowd) grow(ctx context.Context, n int) error {
 		}
 		c.count++
 	}
-	if err := c.idle(ctx); err != nil {
+	if _, err := c.idle(ctx); err != nil {
 		return err
 	}
 	after, err := c.Requests(ctx)
@@ -321,23 +325,34 @@ func (c *crowd) note(metric string, value float64) {
 	s.X, s.Y = append(s.X, float64(c.count)), append(s.Y, value)
 }
 
-// idle returns when the controller has reconciled every object, and nothing waits.
-func (c *crowd) idle(ctx context.Context) error {
+// idle returns when the controller has reconciled every object, nothing waits, and it has
+// been so for a while. It says since when.
+func (c *crowd) idle(ctx context.Context) (since time.Time, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	least := map[string]int{"tenant": c.count, "network": c.count, "namespace": namespacesPerTenant * c.count, "user": len(memberRoles()) * c.count}
-	return apiwait.PollUntilContextCancel(ctx, 100*time.Millisecond, true, func(ctx context.Context) (bool, error) {
+	const busy = -1.0
+	last := busy // or how often it had reconciled when it was first seen idle
+	err = apiwait.PollUntilContextCancel(ctx, idleFor/10, true, func(ctx context.Context) (bool, error) {
 		m, err := c.Controller.Metrics(ctx)
 		if err != nil {
 			return false, fmt.Errorf("ask the controller what it does: %w", err)
 		}
+		const reconciles = "controller_runtime_reconcile_total"
+		idle := m.Sum("workqueue_depth") == 0 && m.Sum("controller_runtime_active_workers") == 0
 		for name, n := range least {
-			if m.Sum("controller_runtime_reconcile_total", `controller="`+name+`"`) < float64(n) {
-				return false, nil
-			}
+			idle = idle && m.Sum(reconciles, `controller="`+name+`"`) >= float64(n)
 		}
-		return m.Sum("workqueue_depth") == 0 && m.Sum("controller_runtime_active_workers") == 0, nil
+		total := m.Sum(reconciles)
+		switch {
+		case !idle:
+			last = busy
+		case total != last:
+			since, last = time.Now(), total
+		}
+		return idle && time.Since(since) >= idleFor, nil
 	})
+	return since, err
 }
 
 // sightings tell when a Tenant was seen to be as somebody waits for it to be.

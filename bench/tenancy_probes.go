@@ -155,7 +155,8 @@ func measureWithout(ctx context.Context, l *lab, _ options, p *progress) ([]Row,
 	}); err != nil {
 		return nil, err
 	}
-	return rows, c.idle(ctx)
+	_, err = c.idle(ctx)
+	return rows, err
 }
 
 // whileStopped does something without the controller, and starts it again in any case.
@@ -339,10 +340,10 @@ func (c *crowd) measureRestart(ctx context.Context) error {
 		return err
 	}
 	ready := time.Since(c.Controller.Started)
-	if err := c.idle(ctx); err != nil {
+	converged, err := c.idle(ctx)
+	if err != nil {
 		return fmt.Errorf("wait until the controller has converged: %w", err)
 	}
-	took := time.Since(c.Controller.Started)
 	after, err := c.Requests(ctx)
 	if err != nil {
 		return err
@@ -353,7 +354,7 @@ func (c *crowd) measureRestart(ctx context.Context) error {
 		}
 	}
 	c.note("restart to ready", ready.Seconds())
-	c.note("restart to converged", took.Seconds())
+	c.note("restart to converged", converged.Sub(c.Controller.Started).Seconds())
 	c.note("requests of a restart", after-before)
 	return nil
 }
