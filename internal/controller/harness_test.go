@@ -21,7 +21,6 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -145,36 +144,26 @@ const (
 // AdmissionConfiguration that the documentation tells to give it, leading to this process: it starts
 // before there is anybody who answers, as on a real cluster. Only it will be answered.
 func configureAuthorization(apiServer *envtest.APIServer, hooks *envtest.WebhookInstallOptions) error {
-	kubeconfig := clientcmdapi.NewConfig()
-	kubeconfig.Clusters["h8s"] = &clientcmdapi.Cluster{
-		Server: fmt.Sprintf("https://%s:%d%s", hooks.LocalServingHost, hooks.LocalServingPort, apiserver.AuthorizePath), CertificateAuthorityData: hooks.LocalServingCAData,
-	}
 	client, err := newAuthority()
 	if err != nil {
 		return err
 	}
-	host := fmt.Sprintf("%s:%d", hooks.LocalServingHost, hooks.LocalServingPort)
-	kubeconfig.AuthInfos[host] = &clientcmdapi.AuthInfo{ClientCertificate: filepath.Join(hooks.LocalServingCertDir, clientCert), ClientKey: filepath.Join(hooks.LocalServingCertDir, clientKey)}
-	kubeconfig.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s", AuthInfo: host}
-	kubeconfig.CurrentContext = "h8s"
-	kubeconfigFile, configFile := filepath.Join(hooks.LocalServingCertDir, "kubeconfig"), filepath.Join(hooks.LocalServingCertDir, "authorization.yaml")
-	admissionFile := filepath.Join(hooks.LocalServingCertDir, "admission.yaml")
+	file := func(name string) string { return filepath.Join(hooks.LocalServingCertDir, name) }
 	for name, data := range map[string][]byte{clientCA: client.ca, clientCert: client.cert, clientKey: client.key} {
-		if err := os.WriteFile(filepath.Join(hooks.LocalServingCertDir, name), data, 0o600); err != nil {
+		if err := os.WriteFile(file(name), data, 0o600); err != nil {
 			return err
 		}
 	}
-	if err := os.WriteFile(admissionFile, bytes.ReplaceAll(apiserver.Admission, []byte(apiserver.WebhooksKubeconfig), []byte(kubeconfigFile)), 0o600); err != nil {
+	shows := clientcmdapi.AuthInfo{ClientCertificate: file(clientCert), ClientKey: file(clientKey)}
+	kubeconfig, err := controlplane.ConfigureAuthorization(apiServer, hooks.LocalServingCertDir, hooks, shows)
+	if err != nil {
 		return err
 	}
-	if err := clientcmd.WriteToFile(*kubeconfig, kubeconfigFile); err != nil {
+	admission := file("admission.yaml")
+	if err := os.WriteFile(admission, bytes.ReplaceAll(apiserver.Admission, []byte(apiserver.WebhooksKubeconfig), []byte(kubeconfig)), 0o600); err != nil {
 		return err
 	}
-	config := bytes.ReplaceAll(apiserver.Authorization, []byte(apiserver.WebhooksKubeconfig), []byte(kubeconfigFile))
-	if err := os.WriteFile(configFile, config, 0o600); err != nil {
-		return err
-	}
-	apiServer.Configure().Disable("authorization-mode").Set("authorization-config", configFile).Set("admission-control-config-file", admissionFile)
+	apiServer.Configure().Set("admission-control-config-file", admission)
 	return nil
 }
 

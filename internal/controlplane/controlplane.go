@@ -114,20 +114,12 @@ func (p *Plane) Close() error {
 // the embedded cluster.
 func (p *Plane) startAPIServer(ctx context.Context) error {
 	p.env = &envtest.Environment{BinaryAssetsDirectory: p.opts.Bin, ControlPlaneStartTimeout: 2 * time.Minute, ControlPlaneStopTimeout: time.Minute}
-	kubeconfig := clientcmdapi.NewConfig()
-	kubeconfig.Clusters["h8s"] = &clientcmdapi.Cluster{Server: webhookURL(p.hooks, apiserver.AuthorizePath), CertificateAuthorityData: p.hooks.LocalServingCAData}
-	kubeconfig.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
-	kubeconfig.CurrentContext = "h8s"
-	path, authorization := filepath.Join(p.dir, "webhooks.kubeconfig"), filepath.Join(p.dir, "authorization.yaml")
-	if err := clientcmd.WriteToFile(*kubeconfig, path); err != nil {
+	server := p.env.ControlPlane.GetAPIServer()
+	if _, err := ConfigureAuthorization(server, p.dir, p.hooks, clientcmdapi.AuthInfo{}); err != nil {
 		return err
 	}
-	if err := os.WriteFile(authorization, bytes.ReplaceAll(apiserver.Authorization, []byte(apiserver.WebhooksKubeconfig), []byte(path)), 0o600); err != nil {
-		return err
-	}
-	p.env.ControlPlane.GetAPIServer().Configure().
+	server.Configure().
 		Disable("disable-admission-plugins").
-		Disable("authorization-mode").Set("authorization-config", authorization).
 		Set("service-cluster-ip-range", "10.96.0.0/16").
 		Set("max-requests-inflight", strconv.Itoa(50*runtime.NumCPU())).
 		Set("max-mutating-requests-inflight", strconv.Itoa(25*runtime.NumCPU()))
@@ -145,6 +137,28 @@ func (p *Plane) startAPIServer(ctx context.Context) error {
 		return fmt.Errorf("connect to the API server: %w", err)
 	}
 	return ctx.Err()
+}
+
+// ConfigureAuthorization gives the API server the AuthorizationConfiguration that a cluster
+// has, with its files in dir. Its webhooks are at the address in hooks; they need not
+// answer yet. It returns the kubeconfig that leads there, and has what the API server
+// shows of itself.
+func ConfigureAuthorization(server *envtest.APIServer, dir string, hooks *envtest.WebhookInstallOptions, shows clientcmdapi.AuthInfo) (kubeconfig string, err error) {
+	kubeconfig, authorization := filepath.Join(dir, "webhooks.kubeconfig"), filepath.Join(dir, "authorization.yaml")
+	host := fmt.Sprintf("%s:%d", hooks.LocalServingHost, hooks.LocalServingPort) // by which admission webhooks find it
+	config := clientcmdapi.NewConfig()
+	config.Clusters["h8s"] = &clientcmdapi.Cluster{Server: webhookURL(hooks, apiserver.AuthorizePath), CertificateAuthorityData: hooks.LocalServingCAData}
+	config.AuthInfos[host] = &shows
+	config.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s", AuthInfo: host}
+	config.CurrentContext = "h8s"
+	if err := clientcmd.WriteToFile(*config, kubeconfig); err != nil {
+		return "", err
+	}
+	if err := os.WriteFile(authorization, bytes.ReplaceAll(apiserver.Authorization, []byte(apiserver.WebhooksKubeconfig), []byte(kubeconfig)), 0o600); err != nil {
+		return "", err
+	}
+	server.Configure().Disable("authorization-mode").Set("authorization-config", authorization)
+	return kubeconfig, nil
 }
 
 func webhookURL(hooks *envtest.WebhookInstallOptions, path string) string {
