@@ -224,37 +224,60 @@ func (s *projectSync) missing(ctx context.Context, tagged []identity.Project, te
 // create makes the Tenant of a project that has none, with what is an operator's from
 // then on. What follows Keystone comes after it.
 func (s *projectSync) create(ctx context.Context, p *identity.Project) (*v1alpha1.Tenant, error) {
-	var networks v1alpha1.NetworkList
-	if err := s.List(ctx, &networks); err != nil {
-		return nil, fmt.Errorf("list Networks: %w", err)
+	// The cache may not know yet what we have made.
+	var made v1alpha1.TenantList
+	if err := s.live.List(ctx, &made, client.MatchingLabels{v1alpha1.LabelProject: p.ID}); err != nil {
+		return nil, fmt.Errorf("list Tenants: %w", err)
+	}
+	if len(made.Items) > 0 {
+		return &made.Items[0], nil
 	}
 	names := projects.Names(p)
 	for _, name := range names {
-		// The Tenant's Network has its name.
-		if slices.ContainsFunc(networks.Items, func(n v1alpha1.Network) bool { return n.Name == name }) {
+		taken, err := s.taken(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		if taken {
 			continue
 		}
 		t := &v1alpha1.Tenant{
 			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{v1alpha1.LabelProject: p.ID}},
 			Spec:       *s.Tenant.DeepCopy(),
 		}
-		err := s.Create(ctx, t, client.FieldOwner(projectDefaults))
+		err = s.Create(ctx, t, client.FieldOwner(projectDefaults))
 		if apierrors.IsAlreadyExists(err) {
-			// It is the project's if we have made it and the cache does not know it yet.
-			if err = s.live.Get(ctx, client.ObjectKeyFromObject(t), t); err == nil && t.Labels[v1alpha1.LabelProject] != p.ID {
-				continue
-			}
+			continue
 		}
 		if err != nil {
 			return nil, err
 		}
 		log.FromContext(ctx).Info("the project has a Tenant", "project", projects.Title(p), "tenant", name)
 		if name != names[0] {
-			s.events.Eventf(t, nil, corev1.EventTypeNormal, "NameTaken", "Synchronize", "the name %s of the project is taken by another Tenant or Network, which was left alone", names[0])
+			s.events.Eventf(t, nil, corev1.EventTypeNormal, "NameTaken", "Synchronize", "the name %s of the project is taken by another Tenant or Network, or by a namespace that names such a Tenant, which were left alone", names[0])
 		}
 		return t, nil
 	}
-	return nil, fmt.Errorf("the names %s are those of other Tenants or Networks, which are left alone: to give one of these Tenants to the project, label it %s=%s", strings.Join(names, " and "), v1alpha1.LabelProject, p.ID)
+	return nil, fmt.Errorf("the names %s are taken by other Tenants or Networks, or by namespaces whose label %s names such a Tenant, which are left alone: to give a Tenant of such a name to the project, label it %s=%s",
+		strings.Join(names, " and "), v1alpha1.LabelTenant, v1alpha1.LabelProject, p.ID)
+}
+
+// taken says that a Tenant of that name would come into what it has not made: a Network,
+// which is its default one's name, or namespaces that were labelled before there is
+// such a Tenant.
+func (s *projectSync) taken(ctx context.Context, name string) (bool, error) {
+	var networks v1alpha1.NetworkList
+	if err := s.List(ctx, &networks); err != nil {
+		return false, fmt.Errorf("list Networks: %w", err)
+	}
+	if slices.ContainsFunc(networks.Items, func(n v1alpha1.Network) bool { return n.Name == name }) {
+		return true, nil
+	}
+	var namespaces corev1.NamespaceList
+	if err := s.live.List(ctx, &namespaces, client.MatchingLabels{v1alpha1.LabelTenant: name}, client.Limit(1)); err != nil {
+		return false, fmt.Errorf("list the namespaces of a Tenant %s: %w", name, err)
+	}
+	return len(namespaces.Items) > 0, nil
 }
 
 // follow applies to the Tenant what Keystone says.

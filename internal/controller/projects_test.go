@@ -240,7 +240,7 @@ func TestProjects(t *testing.T) {
 		}
 		hopeless := lab.newProject(acme, "No Name", "h8s")
 		own(projects.Names(&identity.Project{ID: hopeless.ID, Name: hopeless.Name})[0])
-		if err := lab.sync.round(t.Context()); err == nil || !strings.Contains(err.Error(), "left alone: to give one of these Tenants to the project, label it") {
+		if err := lab.sync.round(t.Context()); err == nil || !strings.Contains(err.Error(), "left alone: to give a Tenant of such a name to the project, label it") {
 			t.Errorf("a project whose names are taken: %v", err)
 		}
 		lab.ok(keystoneprojects.Delete(t.Context(), lab.admin, hopeless.ID).ExtractErr())
@@ -408,6 +408,102 @@ func TestProjects(t *testing.T) {
 			t.Error("its namespace is being deleted")
 		}
 	})
+}
+
+// toldDirectory is a Keystone of one project, and of what is said about it.
+type toldDirectory struct {
+	project     identity.Project
+	assignments []identity.Assignment
+	err         error // about the assignments
+}
+
+func (d *toldDirectory) Tagged(_ context.Context, tag string) ([]identity.Project, error) {
+	if !d.project.Tagged(tag) {
+		return nil, nil
+	}
+	return []identity.Project{d.project}, nil
+}
+
+func (d *toldDirectory) Project(_ context.Context, id string) (*identity.Project, error) {
+	if id != d.project.ID {
+		return nil, identity.ErrNoProject
+	}
+	return &d.project, nil
+}
+
+func (d *toldDirectory) Assignments(context.Context, string) ([]identity.Assignment, error) {
+	return d.assignments, d.err
+}
+
+// newToldSync follows the project of that name, of which the user is an admin.
+func newToldSync(t *testing.T, name, user string) (*projectSync, *toldDirectory) {
+	t.Helper()
+	told := &toldDirectory{
+		project:     identity.Project{ID: "id-" + name, Name: name, Domain: "acme", Enabled: true, Tags: []string{"h8s"}},
+		assignments: []identity.Assignment{{User: user, Group: "keystone:role-id:id-" + name + "/admin", Role: "admin"}},
+	}
+	config, err := projects.ParseConfig([]byte(`{"tag": "h8s", "cloud": "h8s-sync", "interval": "1s", "roles": {"admin": "admin"}, "tenant": {"network": {"cidrs": ["10.0.0.0/16"]}}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := impersonate(t, rest.ImpersonationConfig{UserName: controllerUser, Groups: []string{"system:serviceaccounts", "system:serviceaccounts:" + release, "system:authenticated"}, Extra: map[string][]string{extraPodName: {"h8s-controller"}}})
+	t.Cleanup(func() {
+		for _, tenant := range tenantsOfProject(t, told.project.ID) {
+			if err := cluster.admin.Delete(context.Background(), &tenant); err != nil {
+				t.Errorf("delete the Tenant: %v", err)
+			}
+		}
+	})
+	return &projectSync{objects: objects{Client: c, live: c}, events: events.NewFakeRecorder(1000), ProjectOptions: ProjectOptions{Config: *config, Directory: told}}, told
+}
+
+func tenantsOfProject(t *testing.T, id string) []v1alpha1.Tenant {
+	t.Helper()
+	var all v1alpha1.TenantList
+	if err := cluster.admin.List(context.Background(), &all, client.MatchingLabels{v1alpha1.LabelProject: id}); err != nil {
+		t.Fatal(err)
+	}
+	return all.Items
+}
+
+// TestProjectNamedLikeNamespaces: who may tag projects does not get namespaces that were
+// labelled before their Tenant was made, by calling a project so.
+func TestProjectNamedLikeNamespaces(t *testing.T) {
+	const user = "keystone:acme/mallory"
+	early := namespaceOf("early-shop", "early", nil)
+	if err := cluster.admin.Create(t.Context(), early); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := cluster.admin.Delete(context.Background(), early); err != nil {
+			t.Errorf("delete the namespace: %v", err)
+		}
+	})
+	s, told := newToldSync(t, "early", user)
+	for range 2 {
+		if err := s.round(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all := tenantsOfProject(t, told.project.ID)
+	if len(all) != 1 || !strings.HasPrefix(all[0].Name, "early-") {
+		t.Fatalf("the project has the Tenants %v, want one early-…", names(all, func(t *v1alpha1.Tenant) string { return t.Name }))
+	}
+	eventually(t, func() error { return tenantReady(t.Context(), all[0].Name) })
+	mallory := as(t, user)
+	newNamespace(t, mallory, namespaceOf("early-of-mallory", "", nil))
+	eventually(t, func() error {
+		return mallory.List(t.Context(), &corev1.SecretList{}, client.InNamespace("early-of-mallory"))
+	})
+	if err := mallory.List(t.Context(), &corev1.SecretList{}, client.InNamespace(early.Name)); !apierrors.IsForbidden(err) {
+		t.Errorf("he lists the Secrets of %s: %v", early.Name, err)
+	}
+
+	// A cache that does not know the Tenant yet, which has a namespace by now, makes no other.
+	again, err := s.create(t.Context(), &told.project)
+	if err != nil || again.UID != all[0].UID {
+		t.Errorf("once more: %v, %v", again, err)
+	}
 }
 
 // unasked is an API server that nobody shall ask.
