@@ -137,7 +137,7 @@ func (s *projectSync) round(ctx context.Context) error {
 }
 
 // wishes are what Keystone says about each project that is there, by its id. There is
-// none of a project whose roles could not be read.
+// none of a project that Tenants may have and whose roles could not be read.
 func (s *projectSync) wishes(ctx context.Context, tagged []identity.Project) (map[string]*projects.Wish, []error) {
 	wishes, errs := make([]*projects.Wish, len(tagged)), make([]error, len(tagged))
 	var group errgroup.Group
@@ -160,12 +160,16 @@ func (s *projectSync) wishes(ctx context.Context, tagged []identity.Project) (ma
 
 // wish is what Keystone says about a project. Also one that is disabled has users with
 // roles: a Tenant that is suspended tells its members why. An error that comes with a
-// wish is about some of the members.
+// wish is about the members: that a project is gone is known without them.
 func (s *projectSync) wish(ctx context.Context, p *identity.Project) (*projects.Wish, error) {
 	wish := &projects.Wish{ProjectID: p.ID, Title: projects.Title(p), Gone: s.Gone(p)}
 	assignments, err := s.Directory.Assignments(ctx, p.ID)
 	if err != nil {
-		return nil, err
+		if wish.Gone == "" {
+			return nil, err
+		}
+		wish.Unread = true
+		return wish, err
 	}
 	var unnamed []string
 	if wish.Members, unnamed = s.Members(assignments); len(unnamed) > 0 {
@@ -294,11 +298,11 @@ func (s *projectSync) follow(ctx context.Context, t *v1alpha1.Tenant, wish *proj
 		if now.UID != t.UID || now.DeletionTimestamp != nil || now.Labels[v1alpha1.LabelProject] != wish.ProjectID {
 			return nil // an operator has decided otherwise
 		}
-		others, err := projects.Others(now.ManagedFields, projectManager)
+		owners, err := projects.OwnersOf(now.ManagedFields, projectManager)
 		if err != nil {
 			return err
 		}
-		want := wish.Spec(&now, others)
+		want := wish.Spec(&now, owners)
 		spec, err := runtime.DefaultUnstructuredConverter.ToUnstructured(&want)
 		if err != nil {
 			return err

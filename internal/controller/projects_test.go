@@ -506,6 +506,73 @@ func TestProjectNamedLikeNamespaces(t *testing.T) {
 	}
 }
 
+// TestProjectGoneAndUnread: that a project is gone suspends its Tenant, also while nobody
+// can say who has roles in it.
+func TestProjectGoneAndUnread(t *testing.T) {
+	const user = "keystone:acme/eve"
+	s, told := newToldSync(t, "unread", user)
+	round := func(wantErr string) {
+		t.Helper()
+		if err := s.round(t.Context()); (err == nil) != (wantErr == "") || err != nil && !strings.Contains(err.Error(), wantErr) {
+			t.Errorf("%v, want an error with %q", err, wantErr)
+		}
+	}
+	members := []v1alpha1.Member{member("User", user, "admin"), member("User", "ops", "view")}
+	is := func(what, because string, members []v1alpha1.Member) {
+		t.Helper()
+		spec := tenantsOfProject(t, told.project.ID)[0].Spec
+		slices.SortFunc(spec.Members, func(a, b v1alpha1.Member) int { return strings.Compare(a.Name, b.Name) })
+		if diff := cmp.Diff(members, spec.Members); diff != "" {
+			t.Errorf("%s: members:\n%s", what, diff)
+		}
+		if spec.Suspended != (because != "") || spec.SuspendedBecause != because {
+			t.Errorf("%s: suspended %t, because %q; want %q", what, spec.Suspended, spec.SuspendedBecause, because)
+		}
+	}
+	round("")
+	tenant := tenantsOfProject(t, told.project.ID)[0]
+	adds := client.RawPatch("application/json-patch+json", []byte(`[{"op": "add", "path": "/spec/members/-", "value": {"kind": "User", "name": "ops", "role": "view"}}]`))
+	if err := cluster.admin.Patch(t.Context(), &tenant, adds, client.FieldOwner("kubectl-patch")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error { return tenantReady(t.Context(), tenant.Name) })
+	eve := as(t, user)
+	newNamespace(t, eve, namespaceOf("unread-shop", "", nil))
+	reads := func(want bool) {
+		t.Helper()
+		eventually(t, func() error {
+			if err := eve.List(t.Context(), &corev1.SecretList{}, client.InNamespace("unread-shop")); (err == nil) != want || err != nil && !apierrors.IsForbidden(err) {
+				return fmt.Errorf("she lists Secrets: %w, want access: %t", err, want)
+			}
+			return nil
+		})
+	}
+	reads(true)
+
+	assignments := told.assignments
+	told.assignments, told.err = nil, errors.New("no roles today")
+	round("no roles today")
+	is("there, unread", "", members)
+	told.project.Enabled = false
+	round("no roles today")
+	is("disabled, unread", projects.Disabled, members)
+	reads(false)
+	s.settled = nil // as after a restart
+	round("no roles today")
+	is("and after a restart", projects.Disabled, members)
+	told.err = nil
+	round("")
+	is("read again", projects.Disabled, members[1:])
+	told.project.Enabled, told.assignments = true, assignments
+	round("")
+	reads(true)
+
+	told.project.Tags, told.err = nil, errors.New("no roles today") // it is asked about by its id
+	round("no roles today")
+	is("untagged, unread", "its project has no tag h8s in Keystone any more", members)
+	reads(false)
+}
+
 // unasked is an API server that nobody shall ask.
 type unasked struct{ client.Reader }
 

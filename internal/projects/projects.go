@@ -170,6 +170,8 @@ type Wish struct {
 	// ProjectID and Title are the project's. Title is empty if nobody knows it any more.
 	ProjectID, Title string
 	Members          []v1alpha1.Member
+	// Unread says that Keystone has not told the members: those that it told last stay.
+	Unread bool
 	// Gone is why the Tenant shall be suspended, and empty if it shall not.
 	Gone string
 }
@@ -182,36 +184,53 @@ type Spec struct {
 	SuspendedBecause string            `json:"suspendedBecause,omitempty"`
 }
 
-// Others are the fields of an object that others than the manager have set
+// Owners are who has set which fields of an object: the manager, and others
 // (https://kubernetes.io/docs/reference/using-api/server-side-apply/#field-management).
-func Others(managers []metav1.ManagedFieldsEntry, manager string) (*fieldpath.Set, error) {
-	all := &fieldpath.Set{}
+type Owners struct{ ours, others *fieldpath.Set }
+
+// OwnersOf reads them from an object's managed fields.
+func OwnersOf(managers []metav1.ManagedFieldsEntry, manager string) (*Owners, error) {
+	o := &Owners{&fieldpath.Set{}, &fieldpath.Set{}}
 	for _, m := range managers {
-		if m.Manager == manager || m.Subresource != "" || m.FieldsV1 == nil {
+		if m.Subresource != "" || m.FieldsV1 == nil {
 			continue
 		}
 		set := &fieldpath.Set{}
 		if err := set.FromJSON(m.FieldsV1.GetRawReader()); err != nil {
 			return nil, fmt.Errorf("read which fields %s has set: %w", m.Manager, err)
 		}
-		all = all.Union(set)
+		if m.Manager == manager {
+			o.ours = o.ours.Union(set)
+		} else {
+			o.others = o.others.Union(set)
+		}
 	}
-	return all, nil
+	return o, nil
 }
 
-// Spec is what to apply to a Tenant as it is now, where others have set some fields.
+func specPath(path ...any) fieldpath.Path {
+	return fieldpath.MakePathOrDie(append([]any{"spec"}, path...)...)
+}
+
+func memberKey(m v1alpha1.Member) any { return fieldpath.KeyByFields("kind", m.Kind, "name", m.Name) }
+
+// Spec is what to apply to a Tenant as it is now, whose fields the owners have set.
 //
 // A member whose role somebody else has set keeps that role, and is a member as long as
 // Keystone or somebody else says so. A Tenant whose project is gone is
 // suspended, whoever wants what. One whose project is there is not, unless somebody else
 // has suspended it, or has given the suspension a reason of his own.
-func (w *Wish) Spec(t *v1alpha1.Tenant, others *fieldpath.Set) Spec {
-	theirs := func(path ...any) bool {
-		return others.Has(fieldpath.MakePathOrDie(append([]any{"spec"}, path...)...))
+func (w *Wish) Spec(t *v1alpha1.Tenant, owners *Owners) Spec {
+	theirs := func(path ...any) bool { return owners.others.Has(specPath(path...)) }
+	members := w.Members
+	if w.Unread {
+		members = slices.DeleteFunc(slices.Clone(t.Spec.Members), func(m v1alpha1.Member) bool {
+			return !owners.ours.Has(specPath("members", memberKey(m)))
+		})
 	}
 	var s Spec
-	for _, m := range w.Members {
-		if theirs("members", fieldpath.KeyByFields("kind", m.Kind, "name", m.Name), "role") {
+	for _, m := range members {
+		if theirs("members", memberKey(m), "role") {
 			for _, now := range t.Spec.Members {
 				if now.Kind == m.Kind && now.Name == m.Name {
 					m.Role = now.Role

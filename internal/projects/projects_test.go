@@ -146,6 +146,7 @@ func TestSpec(t *testing.T) {
 	alice := v1alpha1.Member{Kind: "User", Name: "alice", Role: "edit"}
 	// What somebody else has set, as an API server writes it down.
 	const (
+		itself    = `"f:members": {"k:{\"kind\":\"User\",\"name\":\"alice\"}": {".": {}, "f:role": {}}}`
 		itsRole   = `"f:members": {"k:{\"kind\":\"User\",\"name\":\"alice\"}": {"f:role": {}}}`
 		suspended = `"f:suspended": {}`
 		because   = `"f:suspendedBecause": {}`
@@ -154,6 +155,7 @@ func TestSpec(t *testing.T) {
 		live   v1alpha1.TenantSpec
 		others []string
 		gone   string
+		unread bool
 		want   Spec
 	}{
 		"new":                               {want: Spec{Members: []v1alpha1.Member{alice}}},
@@ -161,6 +163,8 @@ func TestSpec(t *testing.T) {
 		"another role by nobody":            {live: v1alpha1.TenantSpec{Members: []v1alpha1.Member{{Kind: "User", Name: "alice", Role: "owner"}}}, want: Spec{Members: []v1alpha1.Member{alice}}},
 		"gone":                              {gone: "x", want: Spec{Suspended: true, SuspendedBecause: "x"}},
 		"still gone":                        {live: v1alpha1.TenantSpec{Suspended: true, SuspendedBecause: "x"}, gone: "x", want: Spec{Suspended: true, SuspendedBecause: "x"}},
+		"gone, members unread":              {live: v1alpha1.TenantSpec{Members: []v1alpha1.Member{alice, {Kind: "User", Name: "ops", Role: "admin"}}}, gone: "x", unread: true, want: Spec{Members: []v1alpha1.Member{alice}, Suspended: true, SuspendedBecause: "x"}},
+		"and with a role of an operator's":  {live: v1alpha1.TenantSpec{Members: []v1alpha1.Member{{Kind: "User", Name: "alice", Role: "owner"}}}, others: []string{itsRole}, gone: "x", unread: true, want: Spec{Members: []v1alpha1.Member{{Kind: "User", Name: "alice", Role: "owner"}}, Suspended: true, SuspendedBecause: "x"}},
 		"back":                              {live: v1alpha1.TenantSpec{Suspended: true, SuspendedBecause: "x"}, want: Spec{Members: []v1alpha1.Member{alice}}},
 		"suspended by an operator":          {live: v1alpha1.TenantSpec{Suspended: true, SuspendedBecause: "unpaid"}, others: []string{suspended, because}, want: Spec{Members: []v1alpha1.Member{alice}}},
 		"and gone as well":                  {live: v1alpha1.TenantSpec{Suspended: true, SuspendedBecause: "unpaid"}, others: []string{suspended, because}, gone: "x", want: Spec{Suspended: true}},
@@ -171,19 +175,19 @@ func TestSpec(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			fields := fmt.Sprintf(`{"f:spec": {%s}}`, strings.Join(test.others, ","))
-			others, err := Others([]metav1.ManagedFieldsEntry{
+			owners, err := OwnersOf([]metav1.ManagedFieldsEntry{
 				{Manager: "operator", FieldsV1: metav1.NewFieldsV1(fields)},
-				{Manager: "us", FieldsV1: metav1.NewFieldsV1(`{"f:spec": {` + itsRole + `,` + suspended + `,` + because + `}}`)},
+				{Manager: "us", FieldsV1: metav1.NewFieldsV1(`{"f:spec": {` + itself + `,` + suspended + `,` + because + `}}`)},
 				{Manager: "operator", Subresource: "status", FieldsV1: metav1.NewFieldsV1(`{"f:spec": {` + itsRole + `}}`)},
 			}, "us")
 			if err != nil {
 				t.Fatal(err)
 			}
-			wish := Wish{Gone: test.gone}
+			wish := Wish{Gone: test.gone, Unread: test.unread}
 			if test.gone == "" {
 				wish.Members = []v1alpha1.Member{alice}
 			}
-			if diff := cmp.Diff(test.want, wish.Spec(&v1alpha1.Tenant{Spec: test.live}, others)); diff != "" {
+			if diff := cmp.Diff(test.want, wish.Spec(&v1alpha1.Tenant{Spec: test.live}, owners)); diff != "" {
 				t.Error(diff)
 			}
 		})
