@@ -26,6 +26,7 @@ type flags struct {
 	certDir       string
 	webhookHost   string
 	clientCA      string
+	clientNames   []string
 	webhookPort   int
 	healthAddress string
 	// metricsAddress and pprofAddress are off if they are "0".
@@ -57,6 +58,7 @@ func main() {
 	cmd.Flags().StringVar(&f.certDir, "webhook-cert-dir", "/tls", "directory with tls.crt and tls.key")
 	cmd.Flags().StringVar(&f.webhookHost, "webhook-host", "", "address of the webhooks (default all)")
 	cmd.Flags().StringVar(&f.clientCA, "webhook-client-ca", "", "file with the CA of the client certificates that the webhooks want (default: they want none)")
+	cmd.Flags().StringArrayVar(&f.clientNames, "webhook-client-name", []string{"front-proxy-client"}, "common name that such a certificate must have; may be given several times")
 	cmd.Flags().IntVar(&f.webhookPort, "webhook-port", 9443, "port of the webhooks")
 	cmd.Flags().StringVar(&f.healthAddress, "health-address", ":8081", "address of /healthz and /readyz")
 	cmd.Flags().StringVar(&f.metricsAddress, "metrics-address", "0", "address of /metrics, for Prometheus, without TLS; 0 for none")
@@ -107,7 +109,7 @@ func run(f flags) error {
 		Metrics:                       metricsserver.Options{BindAddress: f.metricsAddress},
 		PprofBindAddress:              f.pprofAddress,
 		HealthProbeBindAddress:        f.healthAddress,
-		WebhookServer:                 controller.NewWebhookServer(f.webhookHost, f.webhookPort, f.certDir, f.clientCA),
+		WebhookServer:                 controller.NewWebhookServer(f.webhookHost, f.webhookPort, f.certDir, f.clientCA, f.clientNames),
 		LeaderElection:                true,
 		LeaderElectionID:              "h8s-controller",
 		LeaderElectionNamespace:       f.namespace,

@@ -120,6 +120,24 @@ func TestChartQuotaTimeout(t *testing.T) {
 	}
 }
 
+// The controller is told whom to answer: never everybody whom a CA has signed.
+func TestChartClientNames(t *testing.T) {
+	const flag, ca = `- "--webhook-client-name=`, "webhooks.clientCA=-----BEGIN CERTIFICATE-----"
+	for name, test := range map[string]struct{ values, want string }{
+		"the usual one": {ca, flag + `front-proxy-client"`},
+		"another":       {ca + ",webhooks.clientNames={system:auth-proxy}", flag + `system:auth-proxy"`},
+		"no name":       {ca + ",webhooks.clientNames={}", "/webhooks/clientNames"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.CommandContext(t.Context(), "../../bin/helm", "template", "h8s", "../../deploy/h8s", "--namespace", release, "--kube-version", "1.36.3",
+				"--show-only", "templates/controller.yaml", "--set", test.values)
+			if out, _ := cmd.CombinedOutput(); !strings.Contains(string(out), test.want) { // an error says why
+				t.Errorf("no %q in\n%s", test.want, out)
+			}
+		})
+	}
+}
+
 // TestChartSync: what the chart tells the controller to synchronize is what it understands,
 // and only with that it may make Tenants.
 func TestChartSync(t *testing.T) {

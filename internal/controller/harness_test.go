@@ -140,6 +140,9 @@ const (
 	clientKey  = "client.key"
 )
 
+// clientName is the common name of that certificate.
+const clientName = "front-proxy-client"
+
 // configureAuthorization gives the API server the AuthorizationConfiguration and the
 // AdmissionConfiguration that the documentation tells to give it, leading to this process: it starts
 // before there is anybody who answers, as on a real cluster. Only it will be answered.
@@ -234,7 +237,7 @@ func startManager(ctx context.Context, admin *rest.Config, hooks *envtest.Webhoo
 		Scheme:        cluster.scheme,
 		Cache:         CacheOptions(),
 		Metrics:       metricsserver.Options{BindAddress: "0"},
-		WebhookServer: NewWebhookServer(hooks.LocalServingHost, hooks.LocalServingPort, hooks.LocalServingCertDir, filepath.Join(hooks.LocalServingCertDir, clientCA)),
+		WebhookServer: NewWebhookServer(hooks.LocalServingHost, hooks.LocalServingPort, hooks.LocalServingCertDir, filepath.Join(hooks.LocalServingCertDir, clientCA), []string{clientName}),
 	})
 	if err != nil {
 		return nil, err

@@ -293,7 +293,7 @@ func newReplica(t *testing.T) *replica {
 	}
 	port := listener.Addr().(*net.TCPAddr).Port
 	_ = listener.Close()
-	server := NewWebhookServer("127.0.0.1", port, cluster.hooks.LocalServingCertDir, "")
+	server := NewWebhookServer("127.0.0.1", port, cluster.hooks.LocalServingCertDir, "", nil)
 	server.Register("/validate-usage", &admission.Webhook{Handler: &usageWebhook{accounts}})
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup

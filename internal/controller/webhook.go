@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -26,8 +27,8 @@ import (
 // without a restart, and without an inotify watch, of which a node has few (128
 // by default). The API server keeps its connections open, so this costs nothing.
 // If clientCA, a file that is read likewise, is named, only who has a client certificate of it
-// is answered; our own probe, which has none, only connects.
-func NewWebhookServer(host string, port int, certDir, clientCA string) webhook.Server {
+// with one of the common names is answered; our own probe, which has none, only connects.
+func NewWebhookServer(host string, port int, certDir, clientCA string, clientNames []string) webhook.Server {
 	server := webhook.NewServer(webhook.Options{Host: host, Port: port, TLSOpts: []func(*tls.Config){func(c *tls.Config) {
 		c.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 			cert, err := tls.LoadX509KeyPair(filepath.Join(certDir, corev1.TLSCertKey), filepath.Join(certDir, corev1.TLSPrivateKeyKey))
@@ -56,17 +57,21 @@ func NewWebhookServer(host string, port int, certDir, clientCA string) webhook.S
 	if clientCA == "" {
 		return server
 	}
-	return &guardedServer{server}
+	return &guardedServer{server, clientNames}
 }
 
-// guardedServer answers those whose certificate was verified.
-type guardedServer struct{ webhook.Server }
+// guardedServer answers those whose certificate was verified and has one of the names: the
+// CA may sign others, which extension API servers refuse by name, too.
+type guardedServer struct {
+	webhook.Server
+	clients []string
+}
 
 // Register implements webhook.Server.
 func (s *guardedServer) Register(path string, hook http.Handler) {
 	s.Server.Register(path, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
-			http.Error(w, "only API servers are answered: show a client certificate of the CA in the chart's value webhooks.clientCA", http.StatusUnauthorized)
+		if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 || !slices.Contains(s.clients, r.TLS.VerifiedChains[0][0].Subject.CommonName) {
+			http.Error(w, "only API servers are answered: show a client certificate of the CA in the chart's value webhooks.clientCA with a name in webhooks.clientNames", http.StatusUnauthorized)
 			return
 		}
 		hook.ServeHTTP(w, r)

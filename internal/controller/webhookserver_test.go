@@ -36,8 +36,13 @@ func newAuthority() (authority, error) {
 	if err != nil {
 		return authority{}, err
 	}
+	return sign(ca, key, clientName)
+}
+
+// sign has the authority certify a client of that name, with the same key.
+func sign(ca *x509.Certificate, key *ecdsa.PrivateKey, name string) (authority, error) {
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "front-proxy-client"}, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, ca, key.Public(), key)
@@ -69,7 +74,29 @@ func newWebhookClient(t *testing.T) (authority, tls.Certificate) {
 	return a, certificate
 }
 
-// Who shows no certificate of the API servers' CA is not answered.
+// another client that the authority has certified, under the name.
+func (a authority) another(t *testing.T, name string) tls.Certificate {
+	t.Helper()
+	ca, err := cert.ParseCertsPEM(a.ca)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := keyutil.ParsePrivateKeyPEM(a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := sign(ca[0], key.(*ecdsa.PrivateKey), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate, err := tls.X509KeyPair(other.cert, other.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return certificate
+}
+
+// Who shows no certificate of the API servers' CA with their name is not answered.
 func TestWebhookClients(t *testing.T) {
 	ours, apiServer := newWebhookClient(t)
 	others, stranger := newWebhookClient(t)
@@ -80,7 +107,7 @@ func TestWebhookClients(t *testing.T) {
 	}
 	address := listener.Addr().(*net.TCPAddr)
 	_ = listener.Close()
-	server := NewWebhookServer("127.0.0.1", address.Port, cluster.hooks.LocalServingCertDir, file)
+	server := NewWebhookServer("127.0.0.1", address.Port, cluster.hooks.LocalServingCertDir, file, []string{"other-api-server", clientName})
 	server.Register("/hook", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "answered") }))
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
@@ -122,6 +149,10 @@ func TestWebhookClients(t *testing.T) {
 	refused("nobody")
 	refused("a client of another CA", stranger)
 	accepted("an API server", apiServer)
+	accepted("an API server of another name", ours.another(t, "other-api-server"))
+	for _, name := range []string{"metrics-server", "front-proxy-client2", "", "front-proxy-ca"} {
+		refused("a client of the same CA called "+name, ours.another(t, name))
+	}
 
 	// A replaced CA counts at once; without one, nobody is answered.
 	if err := os.WriteFile(file, others.ca, 0o600); err != nil {
