@@ -14,9 +14,14 @@ var Authorization []byte
 //go:embed admission.yaml
 var Admission []byte
 
-// WebhooksKubeconfig is the path, on a machine of the control plane, of the
-// kubeconfig by which the API server reaches h8s-controller.
-const WebhooksKubeconfig = "/etc/kubernetes/h8s-webhooks.kubeconfig"
+// Paths on a machine of the control plane.
+const (
+	// WebhooksKubeconfig is that by which the API server's authorizer reaches h8s-controller.
+	WebhooksKubeconfig = "/etc/kubernetes/h8s-webhooks.kubeconfig"
+	// AdmissionKubeconfig says whom admission webhooks are shown what. It has no
+	// current-context, whose user would be shown to all of those that it does not name.
+	AdmissionKubeconfig = "/etc/kubernetes/h8s-admission.kubeconfig"
+)
 
 // Where h8s-controller answers the API server, beside its admission webhooks.
 const (

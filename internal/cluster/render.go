@@ -82,7 +82,13 @@ func nodeFiles(c *Config, n Node, p *pki, snapshotter string) ([]file, error) {
 			file{"kubernetes/authorization.yaml", 0o644, apiserver.Authorization},
 			file{strings.TrimPrefix(apiserver.WebhooksKubeconfig, "/etc/"), 0o600, webhooks})
 		if c.GuardedWebhooks {
-			files = append(files, file{"kubernetes/admission.yaml", 0o644, apiserver.Admission})
+			admission, err := admissionKubeconfig()
+			if err != nil {
+				return nil, err
+			}
+			files = append(files,
+				file{"kubernetes/admission.yaml", 0o644, apiserver.Admission},
+				file{strings.TrimPrefix(apiserver.AdmissionKubeconfig, "/etc/"), 0o600, admission})
 		}
 		if c.Keystone {
 			reviews, err := c.webhooksKubeconfig(p, apiserver.TokenReviewPath)

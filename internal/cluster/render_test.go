@@ -163,7 +163,8 @@ func TestTokenReviewFlags(t *testing.T) {
 }
 
 // The controller answers who shows a certificate of the CA in its values: the API server
-// has one to show, by both ways, and its files name no other.
+// has one to show, by both ways, and its files name no other. Admission shows it to nobody
+// else's webhooks: to those, the user of a current-context would be shown.
 func TestGuardedWebhooks(t *testing.T) {
 	for name, guarded := range map[string]bool{"a new cluster": true, "an older one": false} {
 		t.Run(name, func(t *testing.T) {
@@ -184,12 +185,27 @@ func TestGuardedWebhooks(t *testing.T) {
 					t.Fatal(err)
 				}
 				user := conf.AuthInfos[conf.Contexts[conf.CurrentContext].AuthInfo]
-				if (user != nil) != guarded || guarded && (user.ClientCertificate != "/etc/kubernetes/pki/front-proxy-client.crt" || conf.AuthInfos[webhooksHost] != user) {
+				if (user != nil) != guarded || guarded && user.ClientCertificate != "/etc/kubernetes/pki/front-proxy-client.crt" {
 					t.Errorf("%s has the user %+v", path, user)
 				}
 			}
-			if _, ok := files["kubernetes/admission.yaml"]; ok != guarded {
-				t.Errorf("admission.yaml is there: %t", ok)
+			for _, path := range []string{"kubernetes/admission.yaml", strings.TrimPrefix(apiserver.AdmissionKubeconfig, "/etc/")} {
+				if _, ok := files[path]; ok != guarded {
+					t.Errorf("%s is there: %t", path, ok)
+				}
+			}
+			if guarded {
+				conf, err := clientcmd.Load(files[strings.TrimPrefix(apiserver.AdmissionKubeconfig, "/etc/")].data)
+				if err != nil {
+					t.Fatal(err)
+				}
+				user := conf.AuthInfos["h8s-controller.h8s-system.svc"]
+				if user == nil || user.ClientCertificate != "/etc/kubernetes/pki/front-proxy-client.crt" || len(conf.AuthInfos) != 1 || conf.CurrentContext != "" {
+					t.Errorf("admission shows %+v, in the context %q", conf.AuthInfos, conf.CurrentContext)
+				}
+				if !strings.Contains(string(files["kubernetes/admission.yaml"].data), "kubeConfigFile: "+apiserver.AdmissionKubeconfig) {
+					t.Error("admission.yaml names another kubeconfig")
+				}
 			}
 			for _, prog := range nodePrograms(c, c.Nodes[0]) {
 				if has := slices.Contains(prog.args, "--admission-control-config-file=/etc/kubernetes/admission.yaml"); has != (guarded && prog.name == "kube-apiserver") {

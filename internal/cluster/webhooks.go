@@ -24,10 +24,7 @@ const (
 	webhooksCert    = "h8s-controller"
 )
 
-// webhooksKubeconfig leads the API server to the controller's webhook of the path. Its
-// user is named for the Service: by that name, admission finds what to show there. It is
-// the certificate by which the API server proves to extensions that it is one, whose CA signs
-// nothing else.
+// webhooksKubeconfig leads the API server to the controller's webhook of the path.
 func (c *Config) webhooksKubeconfig(p *pki, path string) ([]byte, error) {
 	conf := clientcmdapi.NewConfig()
 	conf.Clusters["h8s"] = &clientcmdapi.Cluster{
@@ -35,10 +32,29 @@ func (c *Config) webhooksKubeconfig(p *pki, path string) ([]byte, error) {
 	}
 	conf.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s"}
 	if c.GuardedWebhooks {
-		conf.AuthInfos[webhooksHost] = &clientcmdapi.AuthInfo{ClientCertificate: nodePKI + "/front-proxy-client.crt", ClientKey: nodePKI + "/front-proxy-client.key"}
-		conf.Contexts["h8s"].AuthInfo = webhooksHost
+		conf.AuthInfos["h8s"] = apiServerUser()
+		conf.Contexts["h8s"].AuthInfo = "h8s"
 	}
 	conf.CurrentContext = "h8s"
+	return renderWebhooks(conf)
+}
+
+// admissionKubeconfig has what the API server's admission shows to the controller's
+// webhooks, which it finds by the Service's name. To others it shows nothing, for want of
+// a current-context.
+func admissionKubeconfig() ([]byte, error) {
+	conf := clientcmdapi.NewConfig()
+	conf.AuthInfos[webhooksHost] = apiServerUser()
+	return renderWebhooks(conf)
+}
+
+// apiServerUser has the certificate by which the API server proves to extensions that it is
+// one, whose CA signs nothing else.
+func apiServerUser() *clientcmdapi.AuthInfo {
+	return &clientcmdapi.AuthInfo{ClientCertificate: nodePKI + "/front-proxy-client.crt", ClientKey: nodePKI + "/front-proxy-client.key"}
+}
+
+func renderWebhooks(conf *clientcmdapi.Config) ([]byte, error) {
 	data, err := clientcmd.Write(*conf)
 	if err != nil {
 		return nil, fmt.Errorf("render the kubeconfig of the webhooks: %w", err)

@@ -21,6 +21,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -158,12 +159,16 @@ func configureAuthorization(apiServer *envtest.APIServer, hooks *envtest.Webhook
 		}
 	}
 	shows := clientcmdapi.AuthInfo{ClientCertificate: file(clientCert), ClientKey: file(clientKey)}
-	kubeconfig, err := controlplane.ConfigureAuthorization(apiServer, hooks.LocalServingCertDir, hooks, shows)
-	if err != nil {
+	if err := controlplane.ConfigureAuthorization(apiServer, hooks.LocalServingCertDir, hooks, shows); err != nil {
+		return err
+	}
+	kubeconfig := clientcmdapi.NewConfig() // by the webhooks' host, and no current-context for others
+	kubeconfig.AuthInfos[fmt.Sprintf("%s:%d", hooks.LocalServingHost, hooks.LocalServingPort)] = &shows
+	if err := clientcmd.WriteToFile(*kubeconfig, file("admission.kubeconfig")); err != nil {
 		return err
 	}
 	admission := file("admission.yaml")
-	if err := os.WriteFile(admission, bytes.ReplaceAll(apiserver.Admission, []byte(apiserver.WebhooksKubeconfig), []byte(kubeconfig)), 0o600); err != nil {
+	if err := os.WriteFile(admission, bytes.ReplaceAll(apiserver.Admission, []byte(apiserver.AdmissionKubeconfig), []byte(file("admission.kubeconfig"))), 0o600); err != nil {
 		return err
 	}
 	apiServer.Configure().Set("admission-control-config-file", admission)

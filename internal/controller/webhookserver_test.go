@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"io"
 	"math/big"
 	"net"
@@ -20,8 +21,13 @@ import (
 	"testing"
 	"time"
 
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/util/cert"
 	"k8s.io/client-go/util/keyutil"
+	"k8s.io/utils/ptr"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
 // authority is a CA with a client that has a certificate of it, all PEM.
@@ -167,4 +173,64 @@ func TestWebhookClients(t *testing.T) {
 		refused(name, stranger)
 		refused(name)
 	}
+}
+
+// To webhooks of others than us the API server does not show the certificate by which it
+// proves to us, and to extension API servers, what it is.
+func TestOthersWebhooks(t *testing.T) {
+	shown := make(chan []*x509.Certificate, 100)
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", othersConfig(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{ReadHeaderTimeout: patience, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		shown <- r.TLS.PeerCertificates
+		w.WriteHeader(http.StatusTeapot)
+	})}
+	var running sync.WaitGroup
+	running.Go(func() { _ = server.Serve(listener) })
+	t.Cleanup(func() { _ = server.Close(); running.Wait() })
+	hook := admissionregistrationv1.ValidatingWebhook{
+		Name: "others.example.com", AdmissionReviewVersions: []string{"v1"}, SideEffects: ptr.To(admissionregistrationv1.SideEffectClassNone), FailurePolicy: ptr.To(admissionregistrationv1.Ignore),
+		ClientConfig: admissionregistrationv1.WebhookClientConfig{URL: ptr.To("https://" + listener.Addr().String() + "/hook"), CABundle: cluster.hooks.LocalServingCAData},
+		Rules: []admissionregistrationv1.RuleWithOperations{{
+			Operations: []admissionregistrationv1.OperationType{admissionregistrationv1.Create},
+			Rule:       admissionregistrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"configmaps"}},
+		}},
+	}
+	config := &admissionregistrationv1.ValidatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: "others"}, Webhooks: []admissionregistrationv1.ValidatingWebhook{hook}}
+	if err := cluster.admin.Create(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := cluster.admin.Delete(context.Background(), config); err != nil {
+			t.Error(err)
+		}
+	})
+	eventually(t, func() error {
+		probe := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: metav1.NamespaceDefault, GenerateName: "others-"}}
+		if err := cluster.admin.Create(t.Context(), probe, client.DryRunAll); err != nil {
+			return err
+		}
+		select {
+		case certificates := <-shown:
+			if len(certificates) > 0 {
+				t.Errorf("the API server shows the certificate of %s", certificates[0].Subject)
+			}
+			return nil
+		default:
+			return errors.New("the API server has not called yet")
+		}
+	})
+}
+
+// othersConfig asks for a certificate, whosesoever, and has one that the API server trusts.
+func othersConfig(t *testing.T) *tls.Config {
+	t.Helper()
+	dir := cluster.hooks.LocalServingCertDir
+	certificate, err := tls.LoadX509KeyPair(filepath.Join(dir, corev1.TLSCertKey), filepath.Join(dir, corev1.TLSPrivateKeyKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Config{Certificates: []tls.Certificate{certificate}, ClientAuth: tls.RequestClientCert, MinVersion: tls.VersionTLS12}
 }

@@ -115,7 +115,7 @@ func (p *Plane) Close() error {
 func (p *Plane) startAPIServer(ctx context.Context) error {
 	p.env = &envtest.Environment{BinaryAssetsDirectory: p.opts.Bin, ControlPlaneStartTimeout: 2 * time.Minute, ControlPlaneStopTimeout: time.Minute}
 	server := p.env.ControlPlane.GetAPIServer()
-	if _, err := ConfigureAuthorization(server, p.dir, p.hooks, clientcmdapi.AuthInfo{}); err != nil {
+	if err := ConfigureAuthorization(server, p.dir, p.hooks, clientcmdapi.AuthInfo{}); err != nil {
 		return err
 	}
 	server.Configure().
@@ -140,25 +140,23 @@ func (p *Plane) startAPIServer(ctx context.Context) error {
 }
 
 // ConfigureAuthorization gives the API server the AuthorizationConfiguration that a cluster
-// has, with its files in dir. Its webhooks are at the address in hooks; they need not
-// answer yet. It returns the kubeconfig that leads there, and has what the API server
-// shows of itself.
-func ConfigureAuthorization(server *envtest.APIServer, dir string, hooks *envtest.WebhookInstallOptions, shows clientcmdapi.AuthInfo) (kubeconfig string, err error) {
+// has, with its files in dir. Its webhooks are at the address in hooks, where the API
+// server shows what it is given; they need not answer yet.
+func ConfigureAuthorization(server *envtest.APIServer, dir string, hooks *envtest.WebhookInstallOptions, shows clientcmdapi.AuthInfo) error {
 	kubeconfig, authorization := filepath.Join(dir, "webhooks.kubeconfig"), filepath.Join(dir, "authorization.yaml")
-	host := fmt.Sprintf("%s:%d", hooks.LocalServingHost, hooks.LocalServingPort) // by which admission webhooks find it
 	config := clientcmdapi.NewConfig()
 	config.Clusters["h8s"] = &clientcmdapi.Cluster{Server: webhookURL(hooks, apiserver.AuthorizePath), CertificateAuthorityData: hooks.LocalServingCAData}
-	config.AuthInfos[host] = &shows
-	config.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s", AuthInfo: host}
+	config.AuthInfos["h8s"] = &shows
+	config.Contexts["h8s"] = &clientcmdapi.Context{Cluster: "h8s", AuthInfo: "h8s"}
 	config.CurrentContext = "h8s"
 	if err := clientcmd.WriteToFile(*config, kubeconfig); err != nil {
-		return "", err
+		return err
 	}
 	if err := os.WriteFile(authorization, bytes.ReplaceAll(apiserver.Authorization, []byte(apiserver.WebhooksKubeconfig), []byte(kubeconfig)), 0o600); err != nil {
-		return "", err
+		return err
 	}
 	server.Configure().Disable("authorization-mode").Set("authorization-config", authorization)
-	return kubeconfig, nil
+	return nil
 }
 
 func webhookURL(hooks *envtest.WebhookInstallOptions, path string) string {
