@@ -32,8 +32,9 @@ const (
 // authorizer lets members list and watch what carries the label of their tenant:
 // namespaces, Networks and the Tenant itself. RBAC cannot say so, it knows names only.
 //
-// And it refuses everything to tokens of a suspended tenant's ServiceAccounts that no pod
-// holds: the tenant's own RoleBindings stay, because its pods go on by them.
+// And it keeps ServiceAccounts out of a suspended tenant: its own where no pod holds the token,
+// and other tenants' from its namespaces. The tenant's own RoleBindings stay, because its pods
+// go on by them.
 //
 // It is a webhook authorizer (authorization.k8s.io/v1). Whatever else somebody may do, RBAC
 // says, with or without it. Selectors come parsed, by KEP-4601; a selector that was not
@@ -72,14 +73,12 @@ func (a *authorizer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// decide denies to a suspended tenant's machines outside of pods, allows lists by label
+// decide denies what suspension takes from ServiceAccounts, allows lists by label
 // to members, and has no opinion else, but says how to ask.
 func (a *authorizer) decide(ctx context.Context, spec *authorizationv1.SubjectAccessReviewSpec) (authorizationv1.SubjectAccessReviewStatus, error) {
 	var none authorizationv1.SubjectAccessReviewStatus
-	if t, err := a.suspended(ctx, spec); err != nil {
-		return none, err
-	} else if t != nil {
-		return authorizationv1.SubjectAccessReviewStatus{Denied: true, Reason: tenancy.Suspension(t)}, nil
+	if denied, reason, err := a.suspended(ctx, spec); err != nil || denied {
+		return authorizationv1.SubjectAccessReviewStatus{Denied: denied, Reason: reason}, err
 	}
 	if !selectable(spec.ResourceAttributes) {
 		return none, nil
@@ -101,14 +100,46 @@ func (a *authorizer) decide(ctx context.Context, spec *authorizationv1.SubjectAc
 	return authorizationv1.SubjectAccessReviewStatus{Reason: hint}, err
 }
 
-// suspended is the Tenant, if it is suspended, of the ServiceAccount that asks with a token
-// that no pod holds; nil otherwise. The API server itself says which pod a token is bound to
-// and that this pod exists (KEP-1205); nobody who asks can.
-func (a *authorizer) suspended(ctx context.Context, spec *authorizationv1.SubjectAccessReviewSpec) (*v1alpha1.Tenant, error) {
+// suspended says whether the request is a ServiceAccount's that a suspension keeps out, and
+// what it may be told. These are the suspended tenant's own where no pod holds the token,
+// and other tenants' in its namespaces, in pods or not: who was a member may have bound them
+// there. Those whose namespace is no tenant's are operators', and nothing is denied to them.
+func (a *authorizer) suspended(ctx context.Context, spec *authorizationv1.SubjectAccessReviewSpec) (denied bool, reason string, err error) {
 	namespace, _, ok := tenancy.SplitServiceAccountUser(spec.User)
-	if !ok || len(spec.Extra[extraPodName]) > 0 {
-		return nil, nil
+	if !ok {
+		return false, "", nil
 	}
+	own, err := a.tenantOf(ctx, namespace)
+	if err != nil || own == nil {
+		return false, "", err
+	}
+	if own.Spec.Suspended && !heldByPod(spec) {
+		return true, tenancy.Suspension(own), nil
+	}
+	if spec.ResourceAttributes == nil || spec.ResourceAttributes.Namespace == "" {
+		return false, "", nil
+	}
+	target, err := a.tenantOf(ctx, spec.ResourceAttributes.Namespace)
+	if err != nil || target == nil || target.Name == own.Name {
+		return false, "", err
+	}
+	return target.Spec.Suspended, "", nil // without a reason: it may be a stranger who asks
+}
+
+// heldByPod says whether a pod that exists holds the token and asks for what is not another token.
+// The API server itself says which pod a token is bound to and that this pod exists
+// (KEP-1205); nobody who asks can. But whoever may make tokens can have one that is bound
+// to a pod and never was in it, and the next by it: so it does not count for that. Pods
+// do not miss it: kubelets get their tokens, as nodes.
+func heldByPod(spec *authorizationv1.SubjectAccessReviewSpec) bool {
+	r := spec.ResourceAttributes
+	makesToken := r != nil && r.Resource == "serviceaccounts" && r.Subresource == "token"
+	return len(spec.Extra[extraPodName]) > 0 && !makesToken
+}
+
+// tenantOf is the Tenant whose namespace it is; nil if it is none's.
+// One that the label names and that does not exist has a name only.
+func (a *authorizer) tenantOf(ctx context.Context, namespace string) (*v1alpha1.Tenant, error) {
 	var ns corev1.Namespace
 	if err := a.reader.Get(ctx, client.ObjectKey{Name: namespace}, &ns); err != nil {
 		return nil, ignoreNotFound("the namespace", err)
@@ -117,18 +148,16 @@ func (a *authorizer) suspended(ctx context.Context, spec *authorizationv1.Subjec
 	if name == "" {
 		return nil, nil
 	}
-	var t v1alpha1.Tenant
-	if err := a.reader.Get(ctx, client.ObjectKey{Name: name}, &t); err != nil {
-		return nil, ignoreNotFound("the Tenant", err)
+	t := &v1alpha1.Tenant{}
+	if err := ignoreNotFound("the Tenant", a.reader.Get(ctx, client.ObjectKey{Name: name}, t)); err != nil {
+		return nil, err
 	}
-	if !t.Spec.Suspended {
-		return nil, nil
-	}
-	return &t, nil
+	t.Name = name
+	return t, nil
 }
 
 func ignoreNotFound(what string, err error) error {
-	if apierrors.IsNotFound(err) {
+	if err == nil || apierrors.IsNotFound(err) {
 		return nil
 	}
 	return fmt.Errorf("get %s: %w", what, err)

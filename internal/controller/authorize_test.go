@@ -49,6 +49,15 @@ func callerAs(t *testing.T, user string, groups ...string) caller {
 	return caller{added.Config(), httpClient}
 }
 
+func (c caller) client(t *testing.T) client.Client {
+	t.Helper()
+	made, err := client.New(c.config, client.Options{Scheme: cluster.scheme})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return made
+}
+
 // do returns the status code and the body.
 func (c caller) do(ctx context.Context, method, path, body string, header ...string) (int, string, error) {
 	base, _, err := rest.DefaultServerUrlFor(c.config)

@@ -219,9 +219,10 @@ func TestSuspension(t *testing.T) {
 		return nil
 	})
 	inPod := tokenFor(t, olga, shop.Name, "robot", worker)
-	const pods, configmaps = "/api/v1/namespaces/halt-shop/pods", "/api/v1/namespaces/halt-shop/configmaps"
+	const pods, configmaps, tokens = "/api/v1/namespaces/halt-shop/pods", "/api/v1/namespaces/halt-shop/configmaps", "/api/v1/namespaces/halt-shop/serviceaccounts/robot/token"
 	outside := map[string]caller{
 		"a token":                       tokenFor(t, olga, shop.Name, "robot", nil),
+		"a token that a pod had made":   tokenFor(t, inPod.client(t), shop.Name, "robot", nil),
 		"a token in a Secret":           tokenClient(t, string(legacy.Data[corev1.ServiceAccountTokenKey])),
 		"of a ServiceAccount elsewhere": tokenFor(t, cluster.admin, ci.Name, bot.Name, nil),
 		"a person":                      callerAs(t, "halt-olga"),
@@ -274,6 +275,7 @@ func TestSuspension(t *testing.T) {
 				answers(t, who, http.MethodPost, configmaps, `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"late"}}`, http.StatusForbidden, "")
 				answers(t, who, http.MethodGet, pods+"/worker/log", "", http.StatusForbidden, "")
 				answers(t, who, http.MethodPost, pods+"/worker/exec?command=id&stdout=1", "", http.StatusForbidden, "")
+				answers(t, who, http.MethodGet, "/apis", "", map[bool]int{true: http.StatusForbidden, false: http.StatusOK}[strings.HasPrefix(name, "a token")], "")
 				answers(t, who, http.MethodGet, tenantsPath+"/halt", "", http.StatusForbidden, "")
 				answers(t, who, http.MethodGet, selecting(namespacesPath, "h8s.io/tenant=halt"), "", http.StatusForbidden, `the Tenant \"halt\" is suspended: the bill of May`)
 			})
@@ -282,17 +284,14 @@ func TestSuspension(t *testing.T) {
 			return olga.Create(ctx, namespaceOf("halt-more", "halt", nil), client.DryRunAll)
 		})
 	})
-	t.Run("a pod hands out no token that is good elsewhere", func(t *testing.T) {
-		code, answer, err := inPod.do(ctx, http.MethodPost, "/api/v1/namespaces/halt-shop/serviceaccounts/robot/token", `{"apiVersion":"authentication.k8s.io/v1","kind":"TokenRequest","spec":{}}`, "Content-Type", "application/json")
-		if err != nil || code != http.StatusCreated {
-			t.Fatalf("%d, %v: %s", code, err, answer)
+	t.Run("a token of a pod makes no other", func(t *testing.T) {
+		for name, spec := range map[string]string{
+			"bound to no pod": `{}`, "in place of itself": fmt.Sprintf(`{"expirationSeconds":31536000,"boundObjectRef":{"kind":"Pod","apiVersion":"v1","name":"worker","uid":%q}}`, worker.UID),
+		} {
+			t.Run(name, func(t *testing.T) {
+				answers(t, inPod, http.MethodPost, tokens, `{"apiVersion":"authentication.k8s.io/v1","kind":"TokenRequest","spec":`+spec+`}`, http.StatusForbidden, "suspended")
+			})
 		}
-		var token authenticationv1.TokenRequest
-		if err := json.Unmarshal([]byte(answer), &token); err != nil {
-			t.Fatal(err)
-		}
-		answers(t, tokenClient(t, token.Status.Token), http.MethodGet, pods, "", http.StatusForbidden, "suspended")
-		answers(t, tokenClient(t, token.Status.Token), http.MethodGet, "/apis", "", http.StatusForbidden, "suspended")
 	})
 	t.Run("they are told why", func(t *testing.T) {
 		id, err := login.WhoAmI(ctx, as(t, "halt-vera"))
@@ -372,6 +371,109 @@ func TestSuspension(t *testing.T) {
 			t.Errorf("%d bindings, before and now: %s", len(bound), diff)
 		}
 	})
+	t.Run("a token ends with its pod", func(t *testing.T) {
+		if err := olga.Delete(ctx, worker); err != nil {
+			t.Fatal(err)
+		}
+		answers(t, inPod, http.MethodGet, pods, "", http.StatusUnauthorized, "")
+	})
+}
+
+// Who is owner in one tenant and editor in another may bind the other's ServiceAccounts. They
+// are out of the one, in pods or not, while it is suspended, and learn nothing by that.
+// Those of no tenant are operators' and stay.
+func TestSuspensionOfForeignServiceAccounts(t *testing.T) {
+	ctx := t.Context()
+	newTenant(t, tenantOf("lodge", "10.0.0.0/16", member("User", "lodge-olga", v1alpha1.RoleOwner)))
+	newTenant(t, tenantOf("lodge-next", "10.0.0.0/16", member("User", "lodge-nina", v1alpha1.RoleOwner), member("User", "lodge-olga", v1alpha1.RoleEdit)))
+	olga, nina := as(t, "lodge-olga"), as(t, "lodge-nina")
+	newNamespace(t, olga, namespaceOf("lodge-a", "lodge", nil))
+	newNamespace(t, olga, namespaceOf("lodge-b", "lodge", nil))
+	newNamespace(t, nina, namespaceOf("lodge-out", "lodge-next", nil))
+	watchers := namespaceOf("lodge-watchers", "", nil) // of no tenant
+	if err := cluster.admin.Create(ctx, watchers); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), watchers) })
+
+	const inside = "/api/v1/namespaces/lodge-a/pods"
+	type robot struct {
+		maker     client.Client
+		namespace string
+		in, out   caller // of pods
+	}
+	robots := map[string]*robot{"another tenant's": {maker: nina, namespace: "lodge-out"}, "of another namespace of its": {maker: olga, namespace: "lodge-b"}, "no tenant's": {maker: cluster.admin, namespace: "lodge-watchers"}}
+	for name, r := range robots {
+		holder := pod(r.namespace, "holder", func(p *corev1.Pod) { p.Spec.ServiceAccountName = "bot" })
+		for _, obj := range []client.Object{&corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: "bot"}}, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: "stranger"}}, holder} {
+			if err := r.maker.Create(ctx, obj); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i, namespace := range []string{"lodge-a", r.namespace} {
+			binder := []client.Client{olga, r.maker}[i]
+			if r.maker == cluster.admin {
+				binder = cluster.admin
+			}
+			if err := binder.Create(ctx, &rbacv1.RoleBinding{
+				ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "bot-of-" + r.namespace}, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "admin"},
+				Subjects: []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: r.namespace, Name: "bot"}},
+			}); err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+		}
+		r.in, r.out = tokenFor(t, r.maker, r.namespace, "bot", holder), tokenFor(t, r.maker, r.namespace, "bot", nil)
+		for _, who := range []caller{r.in, r.out} {
+			answers(t, who, http.MethodGet, inside, "", http.StatusOK, "")
+			answers(t, who, http.MethodGet, "/api/v1/namespaces/"+r.namespace+"/pods", "", http.StatusOK, "holder")
+		}
+	}
+	foreign := robots["another tenant's"]
+	stranger := tokenFor(t, nina, foreign.namespace, "stranger", nil)
+
+	suspend(t, "lodge", true, "the bill of May")
+	for name, who := range map[string]caller{"in a pod": foreign.in, "in no pod": foreign.out} {
+		t.Run("another tenant's, "+name, func(t *testing.T) {
+			answers(t, who, http.MethodGet, inside, "", http.StatusForbidden, "")
+			answers(t, who, http.MethodGet, "/api/v1/namespaces/lodge-a/secrets", "", http.StatusForbidden, "")
+			answers(t, who, http.MethodPost, "/api/v1/namespaces/lodge-a/configmaps", `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"late"}}`, http.StatusForbidden, "")
+			answers(t, who, http.MethodPost, "/api/v1/namespaces/lodge-a/serviceaccounts/default/token", `{"apiVersion":"authentication.k8s.io/v1","kind":"TokenRequest","spec":{}}`, http.StatusForbidden, "")
+			answers(t, who, http.MethodGet, "/api/v1/namespaces/lodge-out/pods", "", http.StatusOK, "holder")
+		})
+	}
+	t.Run("another tenant's, impersonated", func(t *testing.T) {
+		nina := callerAs(t, "lodge-nina")
+		eventually(t, func() error {
+			code, answer, err := nina.do(ctx, http.MethodGet, inside, "", "Impersonate-User", "system:serviceaccount:lodge-out:bot")
+			if err != nil || code != http.StatusForbidden {
+				return fmt.Errorf("%d %w: %s", code, err, answer)
+			}
+			return nil
+		})
+	})
+	t.Run("a stranger is told nothing", func(t *testing.T) {
+		refusal := func(namespace string) string {
+			code, answer, err := stranger.do(ctx, http.MethodGet, "/api/v1/namespaces/"+namespace+"/secrets", "")
+			if err != nil || code != http.StatusForbidden {
+				t.Errorf("%s: %d, %v: %s", namespace, code, err, answer)
+			}
+			return strings.ReplaceAll(answer, namespace, "NAMESPACE")
+		}
+		if diff := cmp.Diff(refusal("lodge-nowhere"), refusal("lodge-a")); diff != "" {
+			t.Error("of a namespace that does not exist, and of the tenant's:", diff)
+		}
+	})
+	t.Run("the tenant's own", func(t *testing.T) {
+		answers(t, robots["of another namespace of its"].in, http.MethodGet, inside, "", http.StatusOK, "")
+		answers(t, robots["of another namespace of its"].out, http.MethodGet, inside, "", http.StatusForbidden, "suspended")
+	})
+	t.Run("no tenant's", func(t *testing.T) {
+		answers(t, robots["no tenant's"].in, http.MethodGet, inside, "", http.StatusOK, "")
+		answers(t, robots["no tenant's"].out, http.MethodGet, inside, "", http.StatusOK, "")
+	})
+	suspend(t, "lodge", false, "")
+	answers(t, foreign.in, http.MethodGet, inside, "", http.StatusOK, "")
+	answers(t, foreign.out, http.MethodGet, inside, "", http.StatusOK, "")
 }
 
 // Who is disabled, and then removed, loses what a membership gave and nothing that is the
