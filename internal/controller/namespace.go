@@ -73,9 +73,6 @@ func (r *namespaceReconciler) Reconcile(ctx context.Context, req reconcile.Reque
 	if err := r.Get(ctx, req.NamespacedName, &ns); err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)
 	}
-	if ns.DeletionTimestamp != nil {
-		return reconcile.Result{}, nil
-	}
 	return outcome(r.ensure(ctx, &ns))
 }
 
@@ -88,15 +85,18 @@ func (r *namespaceReconciler) ensure(ctx context.Context, ns *corev1.Namespace) 
 	switch err := r.Get(ctx, client.ObjectKey{Name: name}, &t); {
 	case apierrors.IsNotFound(err):
 		r.warn(ns, "TenantNotFound", "the label %s names the Tenant %s, which does not exist: create it or correct the label", v1alpha1.LabelTenant, name)
-		return r.ensureBindings(ctx, ns.Name, nil)
+		return r.ensureBindings(ctx, ns, nil)
 	case err != nil:
 		return fmt.Errorf("get the Tenant %s: %w", name, err)
-	case t.DeletionTimestamp != nil:
-		return nil // the tenant reconciler takes the namespace away
 	}
 	disabled, err := r.disabled(ctx)
 	if err != nil {
 		return err
+	}
+	bindings := tenancy.RoleBindings(&t, ns.Name, disabled)
+	if ns.DeletionTimestamp != nil || t.DeletionTimestamp != nil {
+		// The deletion may wait for long, and RoleBindings go after pods: until then they say what the spec says.
+		return r.ensureBindings(ctx, ns, bindings)
 	}
 	before := ns.DeepCopy()
 	if tenancy.Complete(&ns.ObjectMeta, &t) {
@@ -104,7 +104,7 @@ func (r *namespaceReconciler) ensure(ctx context.Context, ns *corev1.Namespace) 
 			return fmt.Errorf("label the namespace: %w", err)
 		}
 	}
-	if err := r.ensureBindings(ctx, ns.Name, tenancy.RoleBindings(&t, ns.Name, disabled)); err != nil {
+	if err := r.ensureBindings(ctx, ns, bindings); err != nil {
 		return err
 	}
 	if err := r.ensureServices(ctx, ns, true); err != nil {
@@ -127,14 +127,14 @@ func (r *namespaceReconciler) leave(ctx context.Context, ns *corev1.Namespace) e
 			return fmt.Errorf("remove labels: %w", err)
 		}
 	}
-	if err := r.ensureBindings(ctx, ns.Name, nil); err != nil {
+	if err := r.ensureBindings(ctx, ns, nil); err != nil {
 		return err
 	}
 	return r.dropQuota(ctx, ns.Name)
 }
 
-func (r *namespaceReconciler) ensureBindings(ctx context.Context, namespace string, want []rbacv1.RoleBinding) error {
-	missing, surplus, err := r.bindingChanges(ctx, namespace, want)
+func (r *namespaceReconciler) ensureBindings(ctx context.Context, ns *corev1.Namespace, want []rbacv1.RoleBinding) error {
+	missing, surplus, err := r.bindingChanges(ctx, ns, want)
 	if err != nil {
 		return err
 	}

@@ -476,6 +476,70 @@ func TestSuspensionOfForeignServiceAccounts(t *testing.T) {
 	answers(t, foreign.out, http.MethodGet, inside, "", http.StatusOK, "")
 }
 
+// Kubernetes deletes RoleBindings after pods. While a pod holds up the deletion of a
+// namespace, who is removed, disabled or suspended is out of it as of any other.
+func TestAccessToNamespaceInDeletion(t *testing.T) {
+	for _, gone := range []string{"namespace", "tenant"} {
+		t.Run(gone, func(t *testing.T) {
+			ctx := t.Context()
+			id := "dusk-" + gone
+			tenant := tenantOf(id, "10.0.0.0/16", member("User", id+"-olga", v1alpha1.RoleOwner), member("User", id+"-vera", v1alpha1.RoleView), member("User", id+"-vic", v1alpha1.RoleView), member("User", id+"-eve", v1alpha1.RoleEdit))
+			newTenant(t, tenant)
+			eve := newUser(t, id+"-eve")
+			olga, ns := as(t, id+"-olga"), namespaceOf(id+"-a", "", nil)
+			newNamespace(t, olga, ns)
+			held := pod(ns.Name, "held", func(p *corev1.Pod) { p.Finalizers = []string{"example.com/held"} })
+			if err := olga.Create(ctx, held); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				_ = cluster.admin.Patch(context.Background(), held, client.RawPatch("application/merge-patch+json", []byte(`{"metadata":{"finalizers":null}}`)))
+			})
+			path := "/api/v1/namespaces/" + ns.Name + "/pods"
+			has := func(member string, code int) {
+				t.Helper()
+				answers(t, callerAs(t, id+"-"+member), http.MethodGet, path, "", code, "")
+			}
+			if err := cluster.admin.Delete(ctx, map[string]client.Object{"namespace": ns, "tenant": tenant}[gone]); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, func() error {
+				if err := cluster.admin.Get(ctx, client.ObjectKeyFromObject(held), held); err != nil || held.DeletionTimestamp == nil {
+					return fmt.Errorf("the pod is not being deleted: %w", err)
+				}
+				return nil
+			})
+			for _, member := range []string{"olga", "vera", "vic", "eve"} {
+				has(member, http.StatusOK)
+			}
+			patch := client.RawPatch("application/merge-patch+json", fmt.Appendf(nil, `{"spec":{"members":[{"kind":"User","name":"%[1]s-olga","role":"owner"},{"kind":"User","name":"%[1]s-vic","role":"view"},{"kind":"User","name":"%[1]s-eve","role":"edit"}]}}`, id))
+			if err := cluster.admin.Patch(ctx, tenant, patch); err != nil {
+				t.Fatal(err)
+			}
+			if err := cluster.admin.Patch(ctx, eve, client.RawPatch("application/merge-patch+json", []byte(`{"spec":{"disabled":true}}`))); err != nil {
+				t.Fatal(err)
+			}
+			has("vera", http.StatusForbidden)
+			has("eve", http.StatusForbidden)
+			has("vic", http.StatusOK)
+			suspend(t, id, true, "")
+			if gone == "namespace" {
+				eventually(t, func() error { return tenantReady(ctx, id) })
+				var bindings rbacv1.RoleBindingList
+				if err := cluster.admin.List(ctx, &bindings, client.InNamespace(ns.Name)); err != nil || len(bindings.Items) > 0 {
+					t.Errorf("the Tenant says that nobody has access, and there are: %v, %v", bindings.Items, err)
+				}
+			}
+			has("olga", http.StatusForbidden)
+			has("vic", http.StatusForbidden)
+			if gone == "namespace" { // what cannot be given back is not waited for
+				suspend(t, id, false, "")
+				eventually(t, func() error { return tenantReady(ctx, id) })
+			}
+		})
+	}
+}
+
 // Who is disabled, and then removed, loses what a membership gave and nothing that is the
 // tenant's, also where it made it. A User is deleted when nobody lists it any more: so the
 // deletion of a disabled one does not give it back what it had, nor to whoever gets the name next.

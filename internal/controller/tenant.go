@@ -227,11 +227,9 @@ func (r *tenantReconciler) ensureRoles(ctx context.Context, t *v1alpha1.Tenant, 
 // every namespace, and nobody else.
 func (r *tenantReconciler) membersReady(ctx context.Context, t *v1alpha1.Tenant, namespaces []corev1.Namespace, disabled tenancy.Disabled) (condition, error) {
 	var waiting []string
-	for _, ns := range namespaces {
-		if ns.DeletionTimestamp != nil {
-			continue
-		}
-		missing, surplus, err := r.bindingChanges(ctx, ns.Name, tenancy.RoleBindings(t, ns.Name, disabled))
+	for i := range namespaces {
+		ns := &namespaces[i]
+		missing, surplus, err := r.bindingChanges(ctx, ns, tenancy.RoleBindings(t, ns.Name, disabled))
 		if err != nil {
 			return condition{}, err
 		}
@@ -354,7 +352,7 @@ func (r *tenantReconciler) finalize(ctx context.Context, t *v1alpha1.Tenant) err
 }
 
 // ensureMemberships: who is removed, disabled or suspended while a deletion waits sees
-// no more of it. What there was in namespaces has gone with the deletion of each.
+// no more of it. What there is in namespaces, the namespace reconciler takes away.
 func (r *tenantReconciler) ensureMemberships(ctx context.Context, t *v1alpha1.Tenant, namespaces []string) error {
 	disabled, err := r.disabled(ctx)
 	if err != nil {
@@ -373,12 +371,13 @@ func (r *tenantReconciler) waitFor(ctx context.Context, t *v1alpha1.Tenant, what
 }
 
 // bindingChanges compares the RoleBindings that we keep in a namespace with those
-// that should be there. Missing are also those that differ; surplus are the
-// objects that must go.
-func (o objects) bindingChanges(ctx context.Context, namespace string, want []rbacv1.RoleBinding) (missing []rbacv1.RoleBinding, surplus map[string]*rbacv1.RoleBinding, err error) {
+// that should be there. Missing are also those that differ, and nothing else in a namespace that
+// is being deleted: Kubernetes makes nothing there, and deletes RoleBindings when all pods have
+// gone. Surplus are the objects that must go.
+func (o objects) bindingChanges(ctx context.Context, ns *corev1.Namespace, want []rbacv1.RoleBinding) (missing []rbacv1.RoleBinding, surplus map[string]*rbacv1.RoleBinding, err error) {
 	var list rbacv1.RoleBindingList
-	if err := o.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabels{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy}); err != nil {
-		return nil, nil, fmt.Errorf("list RoleBindings of %s: %w", namespace, err)
+	if err := o.List(ctx, &list, client.InNamespace(ns.Name), client.MatchingLabels{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy}); err != nil {
+		return nil, nil, fmt.Errorf("list RoleBindings of %s: %w", ns.Name, err)
 	}
 	surplus = map[string]*rbacv1.RoleBinding{}
 	for i := range list.Items {
@@ -395,6 +394,8 @@ func (o objects) bindingChanges(ctx context.Context, namespace string, want []rb
 				continue
 			}
 			w.ResourceVersion = have.ResourceVersion
+		} else if ns.DeletionTimestamp != nil {
+			continue
 		}
 		missing = append(missing, w)
 	}
