@@ -223,9 +223,9 @@ func (a *authorizer) hint(ctx context.Context, who tenancy.Requester) (string, e
 	switch len(own) {
 	case 0:
 	case 1:
-		hints = append(hints, fmt.Sprintf("those of your tenants you may list, with -l '%s=%s'", v1alpha1.LabelTenant, own[0]))
+		hints = append(hints, fmt.Sprintf("%s, with -l '%s=%s'", tenancy.MayList, v1alpha1.LabelTenant, own[0]))
 	default:
-		hints = append(hints, fmt.Sprintf("those of your tenants you may list, with -l '%s in (%s)'", v1alpha1.LabelTenant, strings.Join(own, ",")))
+		hints = append(hints, fmt.Sprintf("%s, with -l '%s in (%s)'", tenancy.MayList, v1alpha1.LabelTenant, strings.Join(own, ",")))
 	}
 	return strings.Join(hints, "; "), nil
 }

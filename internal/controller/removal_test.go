@@ -298,6 +298,10 @@ func TestSuspension(t *testing.T) {
 		if err != nil || len(id.Tenants) != 0 || !strings.Contains(id.Note, `the Tenant "halt" is suspended: the bill of May`) {
 			t.Errorf("whoami: %+v, %v", id, err)
 		}
+		id, err = login.WhoAmI(ctx, olga) // who has another tenant
+		if err != nil || len(id.Tenants) != 1 || id.Note != `the Tenant "halt" is suspended: the bill of May` {
+			t.Errorf("whoami: %+v, %v", id, err)
+		}
 		if id, err := login.WhoAmI(ctx, as(t, "halt-stranger")); err != nil || id.Note != "" {
 			t.Errorf("a stranger's whoami: %+v, %v", id, err)
 		}

@@ -38,6 +38,9 @@ func TestWhoAmI(t *testing.T) {
 				if id.User != test.user || !slices.Contains(id.Groups, "system:authenticated") {
 					t.Errorf("%s in %v", id.User, id.Groups)
 				}
+				if id.Note != "" {
+					t.Errorf("it notes %q", id.Note)
+				}
 				got, shops := []any{}, 0
 				for _, m := range id.Tenants {
 					got = append(got, m.Tenant, m.Roles)

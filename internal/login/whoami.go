@@ -24,8 +24,8 @@ type Identity struct {
 	Extra  map[string][]string `json:"extra,omitempty"`
 	// Tenants that list the user, or a group of the user's, sorted by name.
 	Tenants []Membership `json:"tenants"`
-	// Note is what the cluster says to one who has no tenants, if it says anything: that
-	// a tenant is suspended, for example.
+	// Note is what the cluster says of tenants that are not among these, if it says
+	// anything: that one is suspended, for example.
 	Note string `json:"note,omitempty"`
 }
 
@@ -89,11 +89,12 @@ func WhoAmI(ctx context.Context, c client.Client) (*Identity, error) {
 		}
 		id.Tenants = append(id.Tenants, m)
 	}
-	if len(id.Tenants) == 0 {
-		if id.Note, err = refusal(ctx, c); err != nil {
-			return nil, err
-		}
+	reason, err := refusal(ctx, c)
+	if err != nil {
+		return nil, err
 	}
+	note, _, _ := strings.Cut(reason, tenancy.MayList) // the others are in Tenants
+	id.Note = strings.TrimSuffix(note, "; ")
 	return id, nil
 }
 
@@ -103,7 +104,7 @@ func refusal(ctx context.Context, c client.Client) (string, error) {
 		ResourceAttributes: &authorizationv1.ResourceAttributes{Group: v1alpha1.GroupVersion.Group, Version: v1alpha1.GroupVersion.Version, Resource: "tenants", Verb: "list"},
 	}}
 	if err := c.Create(ctx, review); err != nil {
-		return "", fmt.Errorf("ask the cluster why you have no tenants: %w", err)
+		return "", fmt.Errorf("ask the cluster why you have no other tenants: %w", err)
 	}
 	if review.Status.Allowed {
 		return "", nil

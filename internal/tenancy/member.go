@@ -59,6 +59,9 @@ func Suspension(t *v1alpha1.Tenant) string {
 	return fmt.Sprintf("the Tenant %q is suspended: %s", t.Name, t.Spec.SuspendedBecause)
 }
 
+// MayList begins the last of what a member is told who asks for a list of everybody's.
+const MayList = "those of your tenants you may list"
+
 // mayCreateNamespaces says whether the requester has, by any membership, a role
 // that creates namespaces, were the Tenant not suspended.
 func (r Requester) mayCreateNamespaces(t *v1alpha1.Tenant) bool {
