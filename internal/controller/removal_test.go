@@ -701,6 +701,7 @@ func TestNothingIsLeft(t *testing.T) {
 	answers(t, robot, http.MethodGet, "/version", "", http.StatusUnauthorized, "") // its ServiceAccount has gone
 	olgas := callerAs(t, "vestige-olga")
 	answers(t, olgas, http.MethodGet, tenantsPath+"/vestige", "", http.StatusOK, "WaitingForNamespaces")
+	wantRefusal(t, cluster.admin.Delete(ctx, users[0]), "the Tenants vestige, each of which is being deleted: wait")
 	suspend(t, "vestige", true, "")
 	answers(t, olgas, http.MethodGet, tenantsPath+"/vestige", "", http.StatusForbidden, "")
 	answers(t, olgas, http.MethodGet, "/api/v1/namespaces/vestige-a", "", http.StatusForbidden, "")

@@ -271,8 +271,12 @@ func (w *userWebhook) Handle(ctx context.Context, req admission.Request) admissi
 	if err := w.live.List(ctx, &tenants); err != nil {
 		return admission.Errored(http.StatusInternalServerError, fmt.Errorf("list Tenants: %w", err))
 	}
-	if of := tenancy.TenantsOf(tenants.Items, u.Name); len(of) > 0 {
+	staying := slices.DeleteFunc(slices.Clone(tenants.Items), func(t v1alpha1.Tenant) bool { return t.DeletionTimestamp != nil })
+	if of := tenancy.TenantsOf(staying, u.Name); len(of) > 0 {
 		return admission.Denied(fmt.Sprintf("the User %q is a member of the Tenants %s: take it off their spec.members first; spec.disabled takes its access away at once", u.Name, some(of)))
+	}
+	if of := tenancy.TenantsOf(tenants.Items, u.Name); len(of) > 0 {
+		return admission.Denied(fmt.Sprintf("the User %q is a member of the Tenants %s, each of which is being deleted: wait until they have gone; spec.disabled takes its access away at once", u.Name, some(of)))
 	}
 	return admission.Allowed("")
 }
