@@ -31,6 +31,9 @@ import (
 // process ends.
 const replyGrace = 200 * time.Millisecond
 
+// bundleInterval is how often a shim looks whether its bundle is still there.
+const bundleInterval = 5 * time.Second
+
 // service is containerd's Sandbox service, for the one sandbox that a shim has, and,
 // for the containers in it, the Task service.
 type service struct {
@@ -65,6 +68,7 @@ func newService(ctx context.Context, config Config, publisher containerd.Publish
 			cancel()
 		}
 	}()
+	go endWithBundle(stop.Done(), bundleInterval, stop.Shutdown)
 	// Package shim removes the socket, too, but finds it by the bundle, which containerd has
 	// removed by then.
 	if address, err := listenAddress(); err == nil {
@@ -81,6 +85,28 @@ func newService(ctx context.Context, config Config, publisher containerd.Publish
 		return nil
 	})
 	return s
+}
+
+// endWithBundle calls end when the directory in which the process runs has been removed:
+// the bundle, which containerd removes when it has done with a sandbox. It does not always
+// tell the shim first: where a call to start a sandbox is cancelled (the kubelet was killed),
+// those that should end the shim are cancelled with it.
+func endWithBundle(done <-chan struct{}, every time.Duration, end func()) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-done:
+			return
+		case <-tick.C:
+			var bundle unix.Stat_t
+			if err := unix.Stat(".", &bundle); err == nil && bundle.Nlink == 0 {
+				log.L.Warn("containerd has removed the bundle and told nobody: the shim ends")
+				end()
+				return
+			}
+		}
+	}
 }
 
 // listenAddress is the path of the socket on which containerd calls this process:
