@@ -339,7 +339,7 @@ spec:
 		if err := tokens.Get(t.Context(), k.admin, token).Err; !gophercloud.ResponseCodeIs(err, 404) {
 			t.Errorf("after the logout Keystone says of the token: %v, want that there is none", err)
 		}
-		ann.refused(t, "run `h8s login`", "kubectl", "get", "pods", "-n", "login-shop")
+		ann.refused(t, "localhost:8080", "kubectl", "get", "pods", "-n", "login-shop") // what kubectl takes who knows of no cluster
 	})
 	t.Run("DeviceFlow", func(t *testing.T) {
 		her := newPerson(t)

@@ -41,6 +41,7 @@ type service struct {
 	namespace string
 	events    chan topical
 	stop      shutdown.Service
+	socket    string // on which containerd calls this process
 
 	mu  sync.Mutex
 	pod *pod
@@ -72,6 +73,7 @@ func newService(ctx context.Context, config Config, publisher containerd.Publish
 	// Package shim removes the socket, too, but finds it by the bundle, which containerd has
 	// removed by then.
 	if address, err := listenAddress(); err == nil {
+		s.socket = address
 		stop.RegisterCallback(func(context.Context) error {
 			_ = os.Remove(address)
 			return nil
@@ -110,7 +112,8 @@ func endWithBundle(done <-chan struct{}, every time.Duration, end func()) {
 }
 
 // listenAddress is the path of the socket on which containerd calls this process:
-// descriptor 3, by containerd's convention.
+// descriptor 3, by containerd's convention. That is so until package shim listens: it makes
+// another descriptor of this one, and a garbage collection closes it.
 func listenAddress() (string, error) {
 	address, err := unix.Getsockname(3)
 	if err != nil {
@@ -160,7 +163,7 @@ func (s *service) CreateSandbox(ctx context.Context, r *sandbox.CreateSandboxReq
 	if err != nil {
 		return nil, toGRPC(err)
 	}
-	p.left.Socket, _ = listenAddress()
+	p.left.Socket = s.socket
 	s.pod = p
 	return &sandbox.CreateSandboxResponse{}, nil
 }
