@@ -80,9 +80,10 @@ func newService(ctx context.Context, config Config, publisher containerd.Publish
 		})
 	}
 	stop.RegisterCallback(func(ctx context.Context) error {
-		// A shim that is told to end (SIGTERM) takes its machine with it.
+		// A shim that is told to end (SIGTERM) takes its machine with it. One that is starting does
+		// not come to clean up after itself.
 		if p, err := s.sandbox(""); err == nil {
-			return p.stop(ctx)
+			return errors.Join(p.stop(ctx), os.RemoveAll(p.left.RunDir))
 		}
 		return nil
 	})
