@@ -48,24 +48,19 @@ func (k *Keystone) Admin(ctx context.Context) (*gophercloud.ServiceClient, error
 // EnsureServiceUser makes a user that may validate tokens and nothing else, and
 // returns its clouds.yaml, with one cloud of the given name. Keystone must run.
 func (k *Keystone) EnsureServiceUser(ctx context.Context, user, cloud string) ([]byte, error) {
-	admin, err := k.Admin(ctx)
-	if err != nil {
-		return nil, err
-	}
-	password, err := k.ensurePassword(user)
-	if err != nil {
-		return nil, err
-	}
-	if err := ensureServiceUser(ctx, admin, user, password); err != nil {
-		return nil, fmt.Errorf("make the service user %s in Keystone: %w", user, err)
-	}
-	return k.clouds(cloud, user, password, inProject(ServiceProject)), nil
+	return k.ensureAccess(ctx, user, cloud, inProject(ServiceProject), grantService)
 }
 
 // EnsureReader makes a user that may read projects and who has which role in them, and
 // everything else that is in Keystone but secrets, and change nothing. It returns its
 // clouds.yaml, with one cloud of the given name. Keystone must run.
 func (k *Keystone) EnsureReader(ctx context.Context, user, cloud string) ([]byte, error) {
+	return k.ensureAccess(ctx, user, cloud, onSystem, grantReading)
+}
+
+// ensureAccess makes a user, grants it what it is for, and returns its clouds.yaml with
+// one cloud, which is of that scope.
+func (k *Keystone) ensureAccess(ctx context.Context, user, cloud, scope string, grant func(ctx context.Context, admin *gophercloud.ServiceClient, userID string) error) ([]byte, error) {
 	admin, err := k.Admin(ctx)
 	if err != nil {
 		return nil, err
@@ -74,21 +69,14 @@ func (k *Keystone) EnsureReader(ctx context.Context, user, cloud string) ([]byte
 	if err != nil {
 		return nil, err
 	}
-	ensure := func() error {
-		userID, err := ensureUser(ctx, admin, user, password)
-		if err != nil {
-			return err
-		}
-		roleID, err := findRole(ctx, admin, readerRole)
-		if err != nil {
-			return err
-		}
-		return roles.Assign(ctx, admin, roleID, roles.AssignOpts{UserID: userID, System: true}).ExtractErr()
+	userID, err := ensureUser(ctx, admin, user, password)
+	if err == nil {
+		err = grant(ctx, admin, userID)
 	}
-	if err := ensure(); err != nil {
-		return nil, fmt.Errorf("make the user %s, who reads, in Keystone: %w", user, err)
+	if err != nil {
+		return nil, fmt.Errorf("make the user %s in Keystone: %w", user, err)
 	}
-	return k.clouds(cloud, user, password, onSystem), nil
+	return k.clouds(cloud, user, password, scope), nil
 }
 
 // Clouds puts the clouds of several of this package's clouds.yaml into one.
@@ -103,16 +91,12 @@ func Clouds(files ...[]byte) []byte {
 // there says that what was to be created is there: a conflict means that it was before.
 func there(err error) bool { return err == nil || gophercloud.ResponseCodeIs(err, http.StatusConflict) }
 
-// ensureServiceUser creates what is not there yet.
-func ensureServiceUser(ctx context.Context, admin *gophercloud.ServiceClient, user, password string) error {
+// grantService lets the user validate tokens. The role and the project for that may not be there yet.
+func grantService(ctx context.Context, admin *gophercloud.ServiceClient, userID string) error {
 	if _, err := roles.Create(ctx, admin, roles.CreateOpts{Name: ServiceRole}).Extract(); !there(err) {
 		return err
 	}
 	if _, err := projects.Create(ctx, admin, projects.CreateOpts{Name: ServiceProject, DomainID: defaultDomainID}).Extract(); !there(err) {
-		return err
-	}
-	userID, err := ensureUser(ctx, admin, user, password)
-	if err != nil {
 		return err
 	}
 	roleID, err := findRole(ctx, admin, ServiceRole)
@@ -124,6 +108,15 @@ func ensureServiceUser(ctx context.Context, admin *gophercloud.ServiceClient, us
 		return fmt.Errorf("the project %s: %w", ServiceProject, err)
 	}
 	return roles.Assign(ctx, admin, roleID, roles.AssignOpts{UserID: userID, ProjectID: project.ID}).ExtractErr()
+}
+
+// grantReading lets the user read the whole system.
+func grantReading(ctx context.Context, admin *gophercloud.ServiceClient, userID string) error {
+	roleID, err := findRole(ctx, admin, readerRole)
+	if err != nil {
+		return err
+	}
+	return roles.Assign(ctx, admin, roleID, roles.AssignOpts{UserID: userID, System: true}).ExtractErr()
 }
 
 // ensureUser is the id of the user, which is in the domain Default.
