@@ -353,7 +353,9 @@ func defaultNetwork(n Node) []byte {
 }
 
 // kubeletConfig: images are loaded from files and cannot be pulled again, so
-// kubelet never removes one, and a full disk of the machine is not the node's.
+// kubelet never removes one, and a full disk of the machine is not the node's. A node
+// that was short of memory takes pods again after seconds: upstream's five minutes keep
+// load off that would come back at once, which a cluster of two nodes has not to spare.
 func kubeletConfig(c *Config, n Node) string {
 	return fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -369,6 +371,7 @@ clusterDNS: [%s]
 clusterDomain: %s
 containerRuntimeEndpoint: unix://%s
 evictionHard: {memory.available: 100Mi, nodefs.available: "0%%", nodefs.inodesFree: "0%%", imagefs.available: "0%%"}
+evictionPressureTransitionPeriod: 10s
 failCgroupV1: false
 failSwapOn: false
 healthzBindAddress: 127.0.0.1

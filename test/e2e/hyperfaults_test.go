@@ -524,6 +524,15 @@ func testPressure(t *testing.T, tn tenant, node string) {
 	})
 	undo()
 	kubectl(t, tn.owner, "delete", "pod", "glutton", "-n", tn.ns, "--wait=false")
+	// Where it was the kubelet, the node takes no pods for a while.
+	kubectl(t, admin, "wait", "node/"+node, "--for=condition=MemoryPressure=False", "--timeout=2m")
+	eventually(t, func() error {
+		out, err := try(admin, "get", "node", node, "-o", "jsonpath={.spec.taints[*].key}")
+		if err != nil || out != "" {
+			return fmt.Errorf("%s has taints %q, %w", node, out, err)
+		}
+		return nil
+	})
 }
 
 // testHyperLeftovers makes what a fault could leave, and lets doctor find it.
