@@ -19,6 +19,9 @@ type QuotaLedger struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
 
+	// Spec is one value to the API server: whose each of its fields is (managedFields) would
+	// be worked out at each write, which are as many as the tenant's creations.
+	// +structType=atomic
 	Spec QuotaLedgerSpec `json:"spec,omitempty"`
 }
 
