@@ -240,8 +240,8 @@ func (c *crowd) settleFlows(ctx context.Context) error {
 	})
 }
 
-// settleRoles returns when the API server refuses a member what its User gave it: to
-// look at its request for a certificate. The bindings of Users come after those of tenants.
+// settleRoles returns when the API server refuses a member what the last of its tenant's
+// bindings by name gave it: to look at its request for a certificate.
 func (c *crowd) settleRoles(ctx context.Context) error {
 	member, err := c.impersonate(c.lastMember())
 	if err != nil {

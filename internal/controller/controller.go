@@ -182,6 +182,39 @@ func (o objects) write(ctx context.Context, want, have client.Object) error {
 	return o.Update(ctx, want)
 }
 
+// bringInStep makes the objects that are wanted, changes those that are not the same, and
+// removes the others of those that there are.
+func bringInStep[T any, P interface {
+	*T
+	client.Object
+}](ctx context.Context, o objects, have, want []T, same func(have, want P) bool,
+) error {
+	surplus := map[string]P{}
+	for i := range have {
+		surplus[P(&have[i]).GetName()] = &have[i]
+	}
+	for i := range want {
+		w := P(&want[i])
+		var known client.Object
+		if h, ok := surplus[w.GetName()]; ok {
+			delete(surplus, w.GetName())
+			if same(h, w) {
+				continue
+			}
+			known = h
+		}
+		if err := o.write(ctx, w, known); err != nil {
+			return fmt.Errorf("make %s: %w", w.GetName(), err)
+		}
+	}
+	for name, h := range surplus {
+		if err := o.remove(ctx, h); err != nil {
+			return fmt.Errorf("delete %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
 // remove deletes this very object; one that is gone or going is fine.
 func (o objects) remove(ctx context.Context, obj client.Object) error {
 	if obj.GetDeletionTimestamp() != nil {

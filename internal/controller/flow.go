@@ -3,11 +3,9 @@ package controller
 import (
 	"context"
 	"fmt"
-	"maps"
 
 	flowcontrolv1 "k8s.io/api/flowcontrol/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -17,26 +15,14 @@ import (
 
 // ensureFlow keeps the FlowSchemas of the tenant's requests.
 func (r *tenantReconciler) ensureFlow(ctx context.Context, t *v1alpha1.Tenant, namespaces []string, disabled tenancy.Disabled) error {
-	wanted := tenancy.FlowSchemas(t, namespaces, disabled)
-	if len(wanted) == 0 {
-		return r.removeFlow(ctx, t.Name)
+	var have flowcontrolv1.FlowSchemaList
+	if err := r.List(ctx, &have, client.MatchingLabels(tenancy.ObjectLabels(t.Name))); err != nil {
+		return fmt.Errorf("list FlowSchemas: %w", err)
 	}
-	for i := range wanted {
-		want := &wanted[i]
-		var have flowcontrolv1.FlowSchema
-		var known client.Object
-		switch err := r.Get(ctx, client.ObjectKeyFromObject(want), &have); {
-		case apierrors.IsNotFound(err):
-		case err != nil:
-			return fmt.Errorf("get the FlowSchema %s: %w", want.Name, err)
-		case equality.Semantic.DeepEqual(have.Spec, want.Spec) && maps.Equal(have.Labels, want.Labels):
-			continue
-		default:
-			known = &have
-		}
-		if err := r.write(ctx, want, known); err != nil {
-			return fmt.Errorf("make the FlowSchema %s: %w", want.Name, err)
-		}
+	if err := bringInStep(ctx, r.objects, have.Items, tenancy.FlowSchemas(t, namespaces, disabled), func(have, want *flowcontrolv1.FlowSchema) bool {
+		return equality.Semantic.DeepEqual(have.Spec, want.Spec)
+	}); err != nil {
+		return fmt.Errorf("FlowSchemas: %w", err)
 	}
 	return nil
 }

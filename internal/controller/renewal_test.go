@@ -24,6 +24,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	apimeta "k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/utils/ptr"
@@ -70,6 +71,14 @@ func signingCA(dir string) (path string, err error) {
 	return path, os.WriteFile(bundle, append(have, cert...), 0o600) // the API server watches the file
 }
 
+// newMember is a User in a Tenant of its own, which has its name.
+func newMember(t *testing.T, name string) *v1alpha1.User {
+	t.Helper()
+	newTenant(t, tenantOf(name, "10.0.0.0/16", member("User", name, v1alpha1.RoleView)))
+	return newUser(t, name)
+}
+
+// newUser is a User that a Tenant lists already.
 func newUser(t *testing.T, name string) *v1alpha1.User {
 	t.Helper()
 	u := &v1alpha1.User{ObjectMeta: metav1.ObjectMeta{Name: name}}
@@ -116,7 +125,7 @@ func withCredential(t *testing.T, c *login.Credential) client.Client {
 
 func TestRenewalOfCertificate(t *testing.T) {
 	ctx := t.Context()
-	user := newUser(t, "renew-ann")
+	user := newMember(t, "renew-ann")
 	cache := login.Cache(filepath.Join(t.TempDir(), "sessions"))
 	first := begin(t, user.Name)
 	if err := cache.Login(ctx, "ann", &login.Session{Certificate: first}, nil); err != nil {
@@ -185,26 +194,64 @@ func TestRenewalOfCertificate(t *testing.T) {
 	disable(false)
 	eventually(t, func() error { _, err := first.Renew(ctx, have); return err })
 
-	// Removed.
-	if err := cluster.admin.Delete(ctx, user); err != nil {
-		t.Fatal(err)
+	// In no tenant any more. The authorizer learns of it by a watch.
+	forbidden := func(what string) {
+		t.Helper()
+		eventually(t, func() error {
+			err := withCredential(t, have).Get(ctx, client.ObjectKey{Name: tenancy.RenewalPrefix + user.Name}, &certificatesv1.CertificateSigningRequest{})
+			if !apierrors.IsForbidden(err) {
+				return fmt.Errorf("%s keeps its role: %w", what, err)
+			}
+			return nil
+		})
+	}
+	members := func(list string) {
+		t.Helper()
+		tenant := &v1alpha1.Tenant{ObjectMeta: metav1.ObjectMeta{Name: user.Name}}
+		if err := cluster.admin.Patch(ctx, tenant, client.RawPatch("application/merge-patch+json", []byte(`{"spec":{"members":[`+list+`]}}`))); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, func() error {
+			err := cluster.admin.Get(ctx, client.ObjectKeyFromObject(tenant), tenant)
+			if err != nil || tenant.Status.ObservedGeneration != tenant.Generation {
+				return fmt.Errorf("nobody has looked at the members: %w", err)
+			}
+			return nil
+		})
+	}
+	members("")
+	forbidden("a User whom no Tenant lists")
+	if _, err := first.Renew(ctx, have); !errors.Is(err, login.ErrPersonNeeded) {
+		t.Errorf("a User whom no Tenant lists renewed: %v", err)
+	}
+	eventually(t, func() error {
+		if err := cluster.admin.Get(ctx, client.ObjectKeyFromObject(user), user); err != nil {
+			return err
+		}
+		if c := apimeta.FindStatusCondition(user.Status.Conditions, v1alpha1.ConditionReady); c == nil || c.Reason != "InNoTenant" {
+			return fmt.Errorf("Ready = %+v", c)
+		}
+		return nil
+	})
+	members(fmt.Sprintf(`{"kind":"User","name":%q,"role":"view"}`, user.Name))
+	eventually(t, func() error { _, err := first.Renew(ctx, have); return err })
+
+	// Removed, which takes that no Tenant lists it. Whoever lists the name again lists no User.
+	members("")
+	eventually(t, func() error { return cluster.admin.Delete(ctx, user) })
+	members(fmt.Sprintf(`{"kind":"User","name":%q,"role":"view"}`, user.Name))
+	if err := cluster.admin.Get(ctx, client.ObjectKey{Name: tenancy.RenewalName(user.Name)}, &rbacv1.ClusterRole{}); !apierrors.IsNotFound(err) {
+		t.Errorf("a removed User may renew: %v", err)
 	}
 	if _, err := first.Renew(ctx, have); !errors.Is(err, login.ErrPersonNeeded) {
 		t.Errorf("a removed User renewed: %v", err)
 	}
-	eventually(t, func() error {
-		err := withCredential(t, have).Get(ctx, client.ObjectKey{Name: tenancy.RenewalPrefix + user.Name}, &certificatesv1.CertificateSigningRequest{})
-		if !apierrors.IsForbidden(err) {
-			return fmt.Errorf("the removed User keeps its role: %w", err)
-		}
-		return nil
-	})
 }
 
 // TestFirstCertificate begins as docs/operations.md tells operators of other clusters than ours to.
 func TestFirstCertificate(t *testing.T) {
 	ctx := t.Context()
-	newUser(t, "first-ann")
+	newMember(t, "first-ann")
 	pkcs10, key, err := tenancy.CertificateRequest("first-ann")
 	if err != nil {
 		t.Fatal(err)
@@ -244,8 +291,10 @@ func TestFirstCertificate(t *testing.T) {
 // controller the rest, which is in the encoded request.
 func TestCertificateForgery(t *testing.T) {
 	ctx := t.Context()
+	newTenant(t, tenantOf("forge", "10.0.0.0/16", member("User", "forge-ann", v1alpha1.RoleOwner), member("User", "forge-bob", v1alpha1.RoleView)))
 	newUser(t, "forge-ann")
-	newUser(t, "forge-bob")
+	newUser(t, "forge-bob") // of the same tenant: strangers' requests are not even named in the role
+	newMember(t, "forge-carl")
 	ann := as(t, "forge-ann")
 	type attempt struct {
 		change func(*certificatesv1.CertificateSigningRequest)
@@ -307,14 +356,29 @@ func TestCertificateForgery(t *testing.T) {
 	}
 
 	var got certificatesv1.CertificateSigningRequest
-	if err := ann.Get(ctx, client.ObjectKey{Name: "h8s:user:forge-bob"}, &got); !apierrors.IsForbidden(err) {
-		t.Errorf("get of another's request: %v", err)
+	if err := ann.Get(ctx, client.ObjectKey{Name: "h8s:user:forge-carl"}, &got); !apierrors.IsForbidden(err) {
+		t.Errorf("get of a stranger's request: %v", err)
 	}
 	if err := ann.List(ctx, &certificatesv1.CertificateSigningRequestList{}); !apierrors.IsForbidden(err) {
 		t.Errorf("list of requests: %v", err)
 	}
-	if err := ann.Delete(ctx, &certificatesv1.CertificateSigningRequest{ObjectMeta: metav1.ObjectMeta{Name: "h8s:user:forge-bob"}}); !apierrors.IsForbidden(err) {
-		t.Errorf("delete of another's request: %v", err)
+	if err := ann.Delete(ctx, &certificatesv1.CertificateSigningRequest{ObjectMeta: metav1.ObjectMeta{Name: "h8s:user:forge-carl"}}); !apierrors.IsForbidden(err) {
+		t.Errorf("delete of a stranger's request: %v", err)
+	}
+	// One of a colleague's that nobody judges, for as long as this takes: it is of no signer that anybody serves.
+	bobs := tenancy.Renewal("forge-bob", nil)
+	pkcs10, _, err := tenancy.CertificateRequest("forge-bob")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bobs.Spec.Request, bobs.Spec.SignerName, bobs.Spec.ExpirationSeconds = pkcs10, "example.com/nobody", nil
+	if err := cluster.admin.Create(ctx, bobs); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cluster.admin.Delete(context.Background(), bobs) })
+	wantRefusal(t, ann.Delete(ctx, bobs), "of your own renewal only")
+	if err := as(t, "forge-bob").Delete(ctx, bobs); err != nil {
+		t.Errorf("delete of one's own request: %v", err)
 	}
 	if err := as(t, "forge-nobody").Create(ctx, tenancy.Renewal("forge-nobody", []byte("x"))); !apierrors.IsForbidden(err) {
 		t.Errorf("a request of one who is no User: %v", err)
@@ -325,7 +389,7 @@ func TestCertificateForgery(t *testing.T) {
 // the names of Users' renewals.
 func TestCertificatesOfOthers(t *testing.T) {
 	ctx := t.Context()
-	newUser(t, "csr-ann")
+	newMember(t, "csr-ann")
 	// Kubernetes' own role for kubelets that join, and one as an operator may write it.
 	keeper := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: "csr-keeper"}, Rules: []rbacv1.PolicyRule{
 		{APIGroups: []string{certificatesv1.GroupName}, Resources: []string{"certificatesigningrequests"}, Verbs: []string{"*"}},

@@ -172,55 +172,56 @@ func (r *tenantReconciler) ensureNetwork(ctx context.Context, t *v1alpha1.Tenant
 	return condition{v1alpha1.ConditionNetworkReady, true, "NetworkReady", fmt.Sprintf("the Network %s is ready", name)}, nil
 }
 
-// ensureRoles keeps the ClusterRole and the ClusterRoleBindings of the tenant.
+// ensureRoles keeps the ClusterRoles and the ClusterRoleBindings of the tenant.
 func (r *tenantReconciler) ensureRoles(ctx context.Context, t *v1alpha1.Tenant, namespaces []string, disabled tenancy.Disabled) error {
 	var networks v1alpha1.NetworkList
 	if err := r.List(ctx, &networks, client.MatchingFields{fieldTenant: t.Name}, client.UnsafeDisableDeepCopy); err != nil {
 		return fmt.Errorf("list Networks: %w", err)
 	}
-	own := names(networks.Items, func(n *v1alpha1.Network) string { return n.Name })
-	role := tenancy.MemberRole(t.Name, own, namespaces)
-	var have rbacv1.ClusterRole
-	switch err := r.Get(ctx, client.ObjectKeyFromObject(&role), &have); {
-	case apierrors.IsNotFound(err):
-		if err := r.write(ctx, &role, nil); err != nil {
-			return fmt.Errorf("make the ClusterRole %s: %w", role.Name, err)
-		}
-	case err != nil:
-		return fmt.Errorf("get the ClusterRole %s: %w", role.Name, err)
-	case !reflect.DeepEqual(have.Rules, role.Rules):
-		if err := r.write(ctx, &role, &have); err != nil {
-			return fmt.Errorf("make the ClusterRole %s: %w", role.Name, err)
-		}
+	users, err := r.activeUsers(ctx, t)
+	if err != nil {
+		return err
 	}
-
+	var roles rbacv1.ClusterRoleList
+	if err := r.List(ctx, &roles, client.MatchingLabels(tenancy.ObjectLabels(t.Name))); err != nil {
+		return fmt.Errorf("list ClusterRoles: %w", err)
+	}
+	own := names(networks.Items, func(n *v1alpha1.Network) string { return n.Name })
+	if err := bringInStep(ctx, r.objects, roles.Items, tenancy.ClusterRoles(t.Name, own, namespaces, users), func(have, want *rbacv1.ClusterRole) bool {
+		return reflect.DeepEqual(have.Rules, want.Rules)
+	}); err != nil {
+		return fmt.Errorf("ClusterRoles: %w", err)
+	}
 	var bindings rbacv1.ClusterRoleBindingList
 	if err := r.List(ctx, &bindings, client.MatchingLabels(tenancy.ObjectLabels(t.Name))); err != nil {
 		return fmt.Errorf("list ClusterRoleBindings: %w", err)
 	}
-	left := map[string]*rbacv1.ClusterRoleBinding{}
-	for i := range bindings.Items {
-		left[bindings.Items[i].Name] = &bindings.Items[i]
-	}
-	for _, want := range tenancy.ClusterRoleBindings(t, disabled) {
-		var known client.Object
-		if have, ok := left[want.Name]; ok {
-			delete(left, want.Name)
-			if reflect.DeepEqual(have.Subjects, want.Subjects) && have.RoleRef == want.RoleRef {
-				continue
-			}
-			known = have
-		}
-		if err := r.write(ctx, &want, known); err != nil {
-			return fmt.Errorf("make the ClusterRoleBinding %s: %w", want.Name, err)
-		}
-	}
-	for name, b := range left {
-		if err := r.remove(ctx, b); err != nil {
-			return fmt.Errorf("delete the ClusterRoleBinding %s: %w", name, err)
-		}
+	if err := bringInStep(ctx, r.objects, bindings.Items, tenancy.ClusterRoleBindings(t, disabled, users), func(have, want *rbacv1.ClusterRoleBinding) bool {
+		return reflect.DeepEqual(have.Subjects, want.Subjects) && have.RoleRef == want.RoleRef
+	}); err != nil {
+		return fmt.Errorf("ClusterRoleBindings: %w", err)
 	}
 	return nil
+}
+
+// activeUsers are the names of those members that are Users and not disabled. One that no
+// object describes has its name from somewhere else, and no certificate of ours.
+func (r *tenantReconciler) activeUsers(ctx context.Context, t *v1alpha1.Tenant) ([]string, error) {
+	var users []string
+	for _, m := range t.Spec.Members {
+		if m.Kind != tenancy.KindUser || slices.Contains(users, m.Name) {
+			continue
+		}
+		var u v1alpha1.User
+		switch err := r.Get(ctx, client.ObjectKey{Name: m.Name}, &u); {
+		case apierrors.IsNotFound(err):
+		case err != nil:
+			return nil, fmt.Errorf("get the User %s: %w", m.Name, err)
+		case !u.Spec.Disabled && u.DeletionTimestamp == nil:
+			users = append(users, m.Name)
+		}
+	}
+	return users, nil
 }
 
 // membersReady says whether the namespace reconciler has bound the members in
@@ -335,12 +336,15 @@ func (r *tenantReconciler) finalize(ctx context.Context, t *v1alpha1.Tenant) err
 		return r.waitFor(ctx, t, "Networks", "waits for the Networks "+some(names(own, func(n *v1alpha1.Network) string { return n.Name }))+" to go; their own conditions say what each waits for")
 	}
 
-	bindings := []client.Object{}
-	for _, name := range []string{tenancy.MemberRoleName(t.Name), tenancy.CreatorBindingName(t.Name)} {
-		bindings = append(bindings, &rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: name}})
-	}
-	bindings = append(bindings, &v1alpha1.QuotaLedger{ObjectMeta: metav1.ObjectMeta{Name: t.Name}})
-	for _, obj := range append(bindings, &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: tenancy.MemberRoleName(t.Name)}}) {
+	named := func(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Name: name} }
+	for _, obj := range []client.Object{
+		&rbacv1.ClusterRoleBinding{ObjectMeta: named(tenancy.MemberRoleName(t.Name))},
+		&rbacv1.ClusterRoleBinding{ObjectMeta: named(tenancy.CreatorBindingName(t.Name))},
+		&rbacv1.ClusterRoleBinding{ObjectMeta: named(tenancy.RenewalName(t.Name))},
+		&rbacv1.ClusterRole{ObjectMeta: named(tenancy.MemberRoleName(t.Name))},
+		&rbacv1.ClusterRole{ObjectMeta: named(tenancy.RenewalName(t.Name))},
+		&v1alpha1.QuotaLedger{ObjectMeta: named(t.Name)},
+	} {
 		if err := client.IgnoreNotFound(r.Delete(ctx, obj)); err != nil {
 			return fmt.Errorf("delete %s: %w", obj.GetName(), err)
 		}

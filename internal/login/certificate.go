@@ -112,7 +112,7 @@ func (c *Certificate) Renew(ctx context.Context, have *Credential) (*Credential,
 	cert, err := sign(ctx, kube.CertificatesV1().CertificateSigningRequests(), tenancy.Renewal(user, request))
 	switch {
 	case apierrors.IsForbidden(err):
-		return nil, fmt.Errorf("%w: the cluster does not let %q renew its certificate, because there is no such User or it is disabled: ask an operator: %w", ErrPersonNeeded, user, err)
+		return nil, fmt.Errorf("%w: the cluster does not let %q renew its certificate, because there is no such User, it is disabled, or no Tenant lists it: ask an operator: %w", ErrPersonNeeded, user, err)
 	case err != nil:
 		return nil, fmt.Errorf("renew the certificate of %q: %w", user, err)
 	}

@@ -23,8 +23,8 @@ import (
 const CertificateLifetime = time.Hour
 
 // RenewalPrefix begins the name of every request by which a User renews its
-// certificate, and of the ClusterRole by which it may; the User's name follows.
-// Names of Users are DNS names, so that no two Users share one.
+// certificate; the User's name follows. Names of Users are DNS names, so that no two
+// Users share one.
 const RenewalPrefix = "h8s:user:"
 
 // CertificateRequest makes a key and a request for a certificate of the user, in the
@@ -97,27 +97,30 @@ func CheckRenewal(csr *certificatesv1.CertificateSigningRequest, user *v1alpha1.
 	return nil
 }
 
-// RenewalRole lets the User make the request that renews its certificate, and read and
-// delete that one only. Whose name the request may have is an admission policy's, because RBAC cannot
-// limit `create` to a name; it finds whom it concerns by the right to delete.
-func RenewalRole(user string) rbacv1.ClusterRole {
+// RenewalName is the name of the ClusterRole, and of its binding, by which Users that the
+// tenant lists renew their certificates.
+func RenewalName(tenant string) string { return "h8s:tenant:" + tenant + ":renewal" }
+
+// RenewalRole lets the tenant's Users make the requests that renew their certificates, and
+// read and delete these only. That each makes and deletes none but its own is an admission
+// policy's, because RBAC knows no "own"; it finds whom it concerns by the right to delete.
+//
+// It is one role for all of a tenant's Users, since the API server looks through all
+// ClusterRoleBindings of a cluster at each request.
+func RenewalRole(tenant string, users []string) rbacv1.ClusterRole {
+	requests := make([]string, len(users))
+	for i, user := range users {
+		requests[i] = RenewalPrefix + user
+	}
+	slices.Sort(requests)
 	return rbacv1.ClusterRole{
-		ObjectMeta: metav1.ObjectMeta{Name: RenewalPrefix + user, Labels: map[string]string{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy}},
+		ObjectMeta: metav1.ObjectMeta{Name: RenewalName(tenant), Labels: ObjectLabels(tenant)},
 		Rules: []rbacv1.PolicyRule{
 			{APIGroups: []string{certificatesv1.GroupName}, Resources: []string{"certificatesigningrequests"}, Verbs: []string{"create"}},
 			{
 				APIGroups: []string{certificatesv1.GroupName}, Resources: []string{"certificatesigningrequests"},
-				ResourceNames: []string{RenewalPrefix + user}, Verbs: []string{"get", "delete"},
+				ResourceNames: requests, Verbs: []string{"get", "delete"},
 			},
 		},
-	}
-}
-
-// RenewalBinding gives the User its RenewalRole. A disabled User has neither.
-func RenewalBinding(user string) rbacv1.ClusterRoleBinding {
-	return rbacv1.ClusterRoleBinding{
-		ObjectMeta: metav1.ObjectMeta{Name: RenewalPrefix + user, Labels: map[string]string{v1alpha1.LabelManagedBy: v1alpha1.ManagedBy}},
-		RoleRef:    clusterRole(RenewalPrefix + user),
-		Subjects:   []rbacv1.Subject{{Kind: rbacv1.UserKind, APIGroup: rbacv1.GroupName, Name: user}},
 	}
 }

@@ -125,7 +125,7 @@ func TestSuspended(t *testing.T) {
 			}
 		})
 	}
-	if b, c := RoleBindings(&acme, "shop", nil), ClusterRoleBindings(&acme, nil); len(b)+len(c) > 0 {
+	if b, c := RoleBindings(&acme, "shop", nil), ClusterRoleBindings(&acme, nil, nil); len(b)+len(c) > 0 {
 		t.Errorf("bindings %v, %v", b, c)
 	}
 	acme.Spec.Suspended = false

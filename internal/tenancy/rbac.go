@@ -68,6 +68,17 @@ func RoleBindings(t *v1alpha1.Tenant, namespace string, disabled Disabled) []rba
 	return bindings
 }
 
+// ClusterRoles are made for the tenant: what its members may outside its namespaces,
+// and what lets those of them renew their certificates who are active Users. Without such a
+// User there is no second one: a rule without names would mean all of them.
+func ClusterRoles(tenant string, networks, namespaces, users []string) []rbacv1.ClusterRole {
+	roles := []rbacv1.ClusterRole{MemberRole(tenant, networks, namespaces)}
+	if len(users) > 0 {
+		roles = append(roles, RenewalRole(tenant, users))
+	}
+	return roles
+}
+
 // MemberRole lets the tenant's members read their own Tenant, the named Networks
 // and the named namespaces, and no others: its rules carry resource names. In a
 // namespace the members may get it anyway; watching it, too, is what `kubectl
@@ -94,25 +105,31 @@ func MemberRole(tenant string, networks, namespaces []string) rbacv1.ClusterRole
 }
 
 // ClusterRoleBindings are what the tenant's members have outside their
-// namespaces: all may read their own Tenant, owners and admins may create namespaces.
+// namespaces: all may read their own Tenant, owners and admins may create namespaces,
+// and the active Users among them renew their certificates: also while the Tenant is
+// suspended, or they would need an operator each once it is no more.
 // A binding without subjects is left out.
-func ClusterRoleBindings(t *v1alpha1.Tenant, disabled Disabled) []rbacv1.ClusterRoleBinding {
+func ClusterRoleBindings(t *v1alpha1.Tenant, disabled Disabled, users []string) []rbacv1.ClusterRoleBinding {
+	var renewing []rbacv1.Subject
+	for _, name := range slices.Sorted(slices.Values(users)) {
+		renewing = append(renewing, userSubject(name))
+	}
 	var bindings []rbacv1.ClusterRoleBinding
 	for _, b := range []struct {
 		name, role string
-		of         []v1alpha1.Role
+		subjects   []rbacv1.Subject
 	}{
-		{MemberRoleName(t.Name), MemberRoleName(t.Name), []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit, v1alpha1.RoleView}},
-		{CreatorBindingName(t.Name), roleTenantCreator, []v1alpha1.Role{v1alpha1.RoleOwner, v1alpha1.RoleAdmin}},
+		{MemberRoleName(t.Name), MemberRoleName(t.Name), subjects(Members(t), disabled, v1alpha1.RoleOwner, v1alpha1.RoleAdmin, v1alpha1.RoleEdit, v1alpha1.RoleView)},
+		{CreatorBindingName(t.Name), roleTenantCreator, subjects(Members(t), disabled, v1alpha1.RoleOwner, v1alpha1.RoleAdmin)},
+		{RenewalName(t.Name), RenewalName(t.Name), renewing},
 	} {
-		subjects := subjects(Members(t), disabled, b.of...)
-		if len(subjects) == 0 {
+		if len(b.subjects) == 0 {
 			continue
 		}
 		bindings = append(bindings, rbacv1.ClusterRoleBinding{
 			ObjectMeta: metav1.ObjectMeta{Name: b.name, Labels: ObjectLabels(t.Name)},
 			RoleRef:    clusterRole(b.role),
-			Subjects:   subjects,
+			Subjects:   b.subjects,
 		})
 	}
 	return bindings
@@ -129,7 +146,7 @@ func subjects(members []v1alpha1.Member, disabled Disabled, roles ...v1alpha1.Ro
 		switch m.Kind {
 		case KindUser:
 			if !disabled[m.Name] {
-				out = append(out, rbacv1.Subject{Kind: rbacv1.UserKind, APIGroup: rbacv1.GroupName, Name: m.Name})
+				out = append(out, userSubject(m.Name))
 			}
 		case KindGroup:
 			out = append(out, rbacv1.Subject{Kind: rbacv1.GroupKind, APIGroup: rbacv1.GroupName, Name: m.Name})
@@ -143,6 +160,10 @@ func subjects(members []v1alpha1.Member, disabled Disabled, roles ...v1alpha1.Ro
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
 	})
 	return slices.Compact(out)
+}
+
+func userSubject(name string) rbacv1.Subject {
+	return rbacv1.Subject{Kind: rbacv1.UserKind, APIGroup: rbacv1.GroupName, Name: name}
 }
 
 func clusterRole(name string) rbacv1.RoleRef {

@@ -63,7 +63,7 @@ func TestRoleBindings(t *testing.T) {
 					t.Errorf("metadata of %s: %v", b.Name, b.ObjectMeta)
 				}
 			}
-			for _, b := range ClusterRoleBindings(&acme, tt.disabled) {
+			for _, b := range ClusterRoleBindings(&acme, tt.disabled, nil) {
 				cluster = append(cluster, brief(b.Name, b.RoleRef, b.Subjects))
 			}
 			if diff := cmp.Diff(tt.want, got); diff != "" {
@@ -107,6 +107,49 @@ func TestRoleBindingsProperties(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A tenant without an active User has no role for renewals: without names it would be for
+// everybody's requests. A suspended one has.
+func TestRenewalRole(t *testing.T) {
+	for name, tt := range map[string]struct {
+		users    []string
+		names    []string // of requests
+		bindings []string
+	}{
+		"nobody": {},
+		"sorted": {
+			[]string{"vera", "olga"},
+			[]string{"h8s:user:olga", "h8s:user:vera"},
+			[]string{"h8s:tenant:acme:renewal -> h8s:tenant:acme:renewal: User/olga User/vera"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			acme := tenant("acme", member("User", "olga", "owner"), member("User", "vera", "view"), member("User", "of-elsewhere", "view"))
+			acme.Spec.Suspended = true
+			var names, bindings []string
+			for _, role := range ClusterRoles("acme", nil, nil, tt.users) {
+				for _, rule := range role.Rules {
+					if rule.Resources[0] != "certificatesigningrequests" {
+						continue
+					}
+					names = append(names, rule.ResourceNames...)
+					if create := slices.Equal(rule.Verbs, []string{"create"}); !create && len(rule.ResourceNames) == 0 {
+						t.Errorf("%v of everybody's requests", rule.Verbs)
+					}
+				}
+			}
+			for _, b := range ClusterRoleBindings(&acme, nil, tt.users) {
+				bindings = append(bindings, brief(b.Name, b.RoleRef, b.Subjects))
+			}
+			if diff := cmp.Diff(tt.names, names); diff != "" {
+				t.Error("requests:", diff)
+			}
+			if diff := cmp.Diff(tt.bindings, bindings); diff != "" {
+				t.Error("bindings:", diff)
+			}
+		})
+	}
 }
 
 func TestMemberRole(t *testing.T) {
