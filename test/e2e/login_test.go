@@ -142,11 +142,16 @@ type openStack struct {
 	project  *projects.Project
 	role     *roles.Role
 	ann, bob *users.User
+	// plant is a project that has the tag of those that are Tenants, and carla is a member of it.
+	plant *projects.Project
+	carla *users.User
 }
 
 const (
 	annsPassword = "p\"4$s: word"
 	bobsPassword = "bob's own"
+	// carlasPassword is for the project plant.
+	carlasPassword = "carla's"
 )
 
 func newOpenStack(t *testing.T) *openStack {
@@ -180,29 +185,42 @@ func newOpenStack(t *testing.T) *openStack {
 			}
 		})
 	}
-	k.project, err = projects.Create(ctx, k.admin, projects.CreateOpts{Name: "shop", DomainID: "default"}).Extract()
-	check(err)
-	clean("the project", func(ctx context.Context) error { return projects.Delete(ctx, k.admin, k.project.ID).ExtractErr() })
+	project := func(name string, tags ...string) *projects.Project {
+		t.Helper()
+		p, err := projects.Create(ctx, k.admin, projects.CreateOpts{Name: name, DomainID: "default", Tags: tags}).Extract()
+		check(err)
+		clean("the project "+name, func(ctx context.Context) error { return projects.Delete(ctx, k.admin, p.ID).ExtractErr() })
+		return p
+	}
+	k.project, k.plant = project("shop"), project("plant", "h8s")
 	k.role, err = roles.Create(ctx, k.admin, roles.CreateOpts{Name: "deployer"}).Extract()
 	check(err)
 	clean("the role", func(ctx context.Context) error { return roles.Delete(ctx, k.admin, k.role.ID).ExtractErr() })
-	user := func(name, password string) *users.User {
+	user := func(name, password string, role *roles.Role, project *projects.Project) *users.User {
 		t.Helper()
 		u, err := users.Create(ctx, k.admin, users.CreateOpts{Name: name, DomainID: "default", Password: password}).Extract()
 		check(err)
 		clean(name, func(ctx context.Context) error { return users.Delete(ctx, k.admin, u.ID).ExtractErr() })
-		check(roles.Assign(ctx, k.admin, k.role.ID, roles.AssignOpts{UserID: u.ID, ProjectID: k.project.ID}).ExtractErr())
+		check(roles.Assign(ctx, k.admin, role.ID, roles.AssignOpts{UserID: u.ID, ProjectID: project.ID}).ExtractErr())
 		return u
 	}
-	k.ann, k.bob = user("ann o'hara", annsPassword), user("bob", bobsPassword)
+	k.ann, k.bob = user("ann o'hara", annsPassword, k.role, k.project), user("bob", bobsPassword, k.role, k.project)
+	page, err := roles.List(k.admin, roles.ListOpts{Name: "member"}).AllPages(ctx)
+	check(err)
+	members, err := roles.ExtractRoles(page)
+	check(err)
+	if len(members) != 1 {
+		t.Fatalf("Keystone has the roles %+v called member", members)
+	}
+	k.carla = user("carla", carlasPassword, &members[0], k.plant)
 	return k
 }
 
 // scope is what `openstack` prints for a user's openrc, the password excepted.
-func (k *openStack) scope(user string) []string {
+func (k *openStack) scope(user *users.User, project *projects.Project) []string {
 	return []string{
-		"OS_AUTH_URL=" + k.url, "OS_USERNAME=" + user, "OS_USER_DOMAIN_NAME=Default",
-		"OS_PROJECT_NAME=shop", "OS_PROJECT_DOMAIN_NAME=Default",
+		"OS_AUTH_URL=" + k.url, "OS_USERNAME=" + user.Name, "OS_USER_DOMAIN_NAME=Default",
+		"OS_PROJECT_NAME=" + project.Name, "OS_PROJECT_DOMAIN_NAME=Default",
 	}
 }
 
@@ -243,14 +261,14 @@ spec:
   network: {cidrs: [10.0.0.0/16]}
 `, member, oidcPrefix+dex.Email))
 	t.Cleanup(func() {
-		if _, err := try(admin, "delete", "tenant", "login", "--timeout=4m"); err != nil {
+		if _, err := try(admin, "delete", "tenant", "login", "plant", "--ignore-not-found", "--timeout=4m"); err != nil {
 			t.Error(err)
 		}
 	})
 	kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/login", "--timeout=4m")
 	login := loginCommand(t)
 
-	ann := newPerson(t, k.scope(k.ann.Name)...)
+	ann := newPerson(t, k.scope(k.ann, k.project)...)
 	t.Run("Password", func(t *testing.T) {
 		if out := ann.types(t, "Password of "+k.ann.Name+" at "+k.url, annsPassword, login()...); !strings.Contains(out, "logged in") {
 			t.Errorf("h8s login says:\n%s", out)
@@ -305,6 +323,24 @@ spec:
 		ci.do(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
 		ci.do(t, []string{"h8s", "logout"}, "is over")
 	})
+	carla := newPerson(t, k.scope(k.carla, k.plant)...)
+	t.Run("Project", func(t *testing.T) { // nobody has made a Tenant of it
+		eventually(t, func() error { _, err := try(admin, "get", "tenant", "plant"); return err })
+		kubectl(t, admin, "wait", "--for=condition=Ready", "tenant/plant", "--timeout=4m")
+		kubectl(t, admin, "create", "namespace", "login-plant")
+		kubectl(t, admin, "label", "namespace", "login-plant", "h8s.io/tenant=plant")
+		carla.types(t, "Password of "+k.carla.Name, carlasPassword, login()...)
+		carla.do(t, []string{"h8s", "whoami"}, "keystone:Default/carla", "tenant plant", "edit")
+		eventually(t, func() error {
+			_, err := carla.try("", "kubectl", "create", "configmap", "hers", "-n", "login-plant")
+			return err
+		})
+		carla.refused(t, "(Forbidden)", "kubectl", "get", "pods", "-n", "login-shop")
+		// What this brings about takes the controller a while: see ProjectGone.
+		if err := projects.DeleteTags(t.Context(), k.admin, k.plant.ID).ExtractErr(); err != nil {
+			t.Fatal(err)
+		}
+	})
 	t.Run("Revoked", func(t *testing.T) {
 		ann.do(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
 		bob.do(t, []string{"kubectl", "auth", "whoami"}, "keystone:Default/bob")
@@ -352,6 +388,18 @@ spec:
 		her.do(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
 		her.refused(t, "(Forbidden)", "kubectl", "delete", "pod", "web", "-n", "login-shop")
 		her.refused(t, "(Forbidden)", "kubectl", "get", "nodes") // whatever her group is called
+	})
+	t.Run("ProjectGone", func(t *testing.T) {
+		kubectl(t, admin, "wait", "--for=condition=Suspended", "tenant/plant", "--timeout=4m")
+		within(t, 10*time.Second, func() error { // the API server learns by watches
+			out, err := carla.try("", "kubectl", "get", "configmaps", "-n", "login-plant")
+			if err == nil || !strings.Contains(err.Error(), "(Forbidden)") {
+				return fmt.Errorf("a member of a project without the tag: %s, %w", out, err)
+			}
+			return nil
+		})
+		carla.do(t, []string{"h8s", "whoami"}, `the Tenant "plant" is suspended`)
+		kubectl(t, admin, "get", "configmap", "hers", "-n", "login-plant")
 	})
 }
 
