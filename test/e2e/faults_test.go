@@ -69,29 +69,37 @@ func testConnections(t *testing.T, tn tenant) {
 		busybox("local", b, container("direct", count(tn.ip(t, "echo")))+", "+container("service", count(clusterIP))))
 	tn.waitReady(t, "across", "local")
 
-	// advanced waits until every stream has echoed some more, all of it in order.
+	// length is how much the stream has echoed, all of it in order.
+	length := func(pod, stream string) (int, error) {
+		log, err := try(tn.owner, "logs", "-n", tn.ns, pod, "-c", stream)
+		lines := strings.Fields(log)
+		for i, line := range lines {
+			if line != strconv.Itoa(i+1) {
+				return 0, fmt.Errorf("line %d of the stream is %q", i+1, line)
+			}
+		}
+		return len(lines), err
+	}
+	// advanced waits until every stream has echoed some more.
 	advanced := func(after string) {
 		t.Helper()
+		before := map[string]int{}
 		for _, p := range []string{"across", "local"} {
 			for _, c := range streams {
-				last := func() (int, error) {
-					log, err := try(tn.owner, "logs", "-n", tn.ns, p, "-c", c)
-					lines := strings.Fields(log)
-					for i, line := range lines {
-						if line != strconv.Itoa(i+1) {
-							return 0, fmt.Errorf("line %d of the stream is %q", i+1, line)
-						}
-					}
-					return len(lines), err
-				}
-				before, err := last()
+				n, err := length(p, c)
 				if err != nil {
 					t.Fatalf("%s: %s/%s: %v", after, p, c, err)
 				}
+				before[p+"/"+c] = n
+			}
+		}
+		for _, p := range []string{"across", "local"} {
+			for _, c := range streams {
+				stood := before[p+"/"+c]
 				eventually(t, func() error {
-					now, err := last()
-					if err == nil && now < before+5 {
-						err = fmt.Errorf("after %s: stream %s/%s stands at %d since %d", after, p, c, now, before)
+					now, err := length(p, c)
+					if err == nil && now < stood+5 {
+						err = fmt.Errorf("after %s: stream %s/%s stands at %d since %d", after, p, c, now, stood)
 					}
 					return err
 				})
