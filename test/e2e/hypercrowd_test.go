@@ -45,8 +45,15 @@ func TestHyperCrowd(t *testing.T) {
 	if out := kubectl(t, tn.owner, "get", "pods", "-n", tn.ns, "-o", "jsonpath={.items[*].status.containerStatuses[0].restartCount}"); strings.Trim(out, "0 ") != "" || len(strings.Fields(out)) != count {
 		t.Errorf("restarts: %s", out)
 	}
-	if out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector=type=Warning", "-o", `jsonpath={range .items[*]}{.involvedObject.name}: {.reason}: {.message}{"\n"}{end}`); err != nil || strings.Contains(out, "Failed") {
-		t.Errorf("not all went well at the first attempt: %s, %v", out, err)
+	events, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector=type=Warning", "-o", `jsonpath={range .items[*]}{.involvedObject.name}: {.reason}: {.message}{"\n"}{end}`)
+	if err != nil {
+		t.Error(err)
+	}
+	for event := range strings.Lines(events) {
+		// A kubelet without processor time is late with its own caches, before a sandbox is asked for.
+		if strings.Contains(event, "Failed") && !strings.Contains(event, "failed to sync") {
+			t.Errorf("not all went well at the first attempt: %s", event)
+		}
 	}
 	boots := strings.Fields(kubectl(t, tn.owner, "logs", "-n", tn.ns, "-l", "app=crowd", "--tail=1", "--max-log-requests", strconv.Itoa(count)))
 	slices.Sort(boots)
