@@ -32,11 +32,12 @@ func TestInputUnread(t *testing.T) {
 			host, err := channel.NewHost(ours)
 			must(t, err)
 			t.Cleanup(func() { _ = host.Close() })
-			ended := make(chan struct{})
+			opened, ended := make(chan struct{}), make(chan struct{})
 			go func() {
 				_ = channel.Serve(context.Background(), theirs, map[channel.Kind]channel.Handler{
 					channel.Pipe: func(string) (func(net.Conn), error) {
 						return func(stream net.Conn) {
+							<-opened // who opens the FIFO later finds no reader
 							_, _ = io.CopyN(io.Discard, stream, tt.read)
 							_ = stream.Close()
 							close(ended)
@@ -50,9 +51,10 @@ func TestInputUnread(t *testing.T) {
 			must(t, err)
 			t.Cleanup(streams.close)
 			in, err := os.OpenFile(fifo, os.O_WRONLY|unix.O_NONBLOCK, 0)
+			close(opened)
 			must(t, err)
 			defer in.Close()
-			must(t, in.SetDeadline(time.Now().Add(30*time.Second)))
+			must(t, in.SetDeadline(time.Now().Add(testTimeout)))
 			if tt.read == 0 {
 				<-ended
 			}
