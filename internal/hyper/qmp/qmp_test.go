@@ -290,8 +290,12 @@ func TestNewFails(t *testing.T) {
 					commands.Scan()
 				}
 			}()
-			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
-			defer cancel()
+			ctx := deadline(t)
+			if test.want == context.DeadlineExceeded.Error() {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, 300*time.Millisecond)
+				defer cancel()
+			}
 			_, err := New(ctx, ours, noEvents)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want %q", err, test.want)
