@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -27,11 +28,7 @@ func TestCgroup(t *testing.T) {
 	ctx := testContext(t)
 	top := fmt.Sprintf("/h8s-test-%d", os.Getpid())
 	leaf := top + "/a/b" // unlike a cluster's, which the doctor looks for
-	t.Cleanup(func() {
-		if err := removeCgroup(testContext(t), top); err != nil {
-			t.Error(err)
-		}
-	})
+	cleanUp(t, func(ctx context.Context) error { return removeCgroup(ctx, top) })
 	for range 2 { // it may be there already
 		if err := ensureCgroup(leaf); err != nil {
 			t.Fatal(err)

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,11 +21,7 @@ import (
 func TestMachineLeftovers(t *testing.T) {
 	const alive, dead = "aaaaaaaaaaaaaaaaaaaa", "dddddddddddddddddddd"
 	node := machineNode{root: t.TempDir(), cgroup: fmt.Sprintf("/h8s-test-machines-%d", os.Getpid())}
-	t.Cleanup(func() {
-		if err := clearCgroup(testContext(t), node.cgroup); err != nil {
-			t.Error(err)
-		}
-	})
+	cleanUp(t, func(ctx context.Context) error { return clearCgroup(ctx, node.cgroup) })
 	expect := func(want ...string) {
 		t.Helper()
 		got, err := node.leftovers()

@@ -151,17 +151,30 @@ func TestDropsForwarded(t *testing.T) {
 	}
 }
 
+// listenBoth listens on a port that is free for both protocols: a connection of somebody
+// else's may have its number.
+func listenBoth(t *testing.T) (net.PacketConn, net.Listener) {
+	t.Helper()
+	for {
+		packets, err := net.ListenPacket("udp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		listener, err := net.Listen("tcp", packets.LocalAddr().String())
+		if err == nil {
+			return packets, listener
+		}
+		packets.Close()
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			t.Fatal(err)
+		}
+	}
+}
+
 // resolver is an upstream name server on loopback.
 func resolver(t *testing.T, answer string) string {
 	t.Helper()
-	packets, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener, err := net.Listen("tcp", packets.LocalAddr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	packets, listener := listenBoth(t)
 	handler := dns.HandlerFunc(func(w dns.ResponseWriter, query *dns.Msg) {
 		reply := new(dns.Msg)
 		reply.SetReply(query)
@@ -233,13 +246,10 @@ func (r *recorder) LocalAddr() net.Addr {
 
 func TestForwarderServes(t *testing.T) {
 	f := &forwarder{resolvers: []string{resolver(t, "192.0.2.9")}, log: slog.New(slog.DiscardHandler)}
-	// A port that is free for both protocols, most likely.
-	probe, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := netip.MustParseAddrPort(probe.Addr().String())
-	probe.Close()
+	packets, listener := listenBoth(t)
+	address := netip.MustParseAddrPort(listener.Addr().String())
+	packets.Close()
+	listener.Close()
 	ctx := testContext(t)
 	served := make(chan error, 1)
 	go func() { served <- f.serve(ctx, address) }()
