@@ -48,19 +48,11 @@ func TestPodLifecycle(t *testing.T) {
 		t.Errorf("CHECK: %v", err)
 	}
 	for who, dial := range map[string]func(string) (net.Conn, error){"a pod": cli.dial, "the node": fromNode} {
-		if got, err := greeting(dial, web.address.String()+":8080"); err != nil || got != "shop/web" {
-			t.Errorf("from %s: %q, %v", who, got, err)
-		}
+		l.answers("from "+who, dial, web.address.String()+":8080", "shop/web")
 	}
 
 	service := l.service("shop", "web", web.address, netip.MustParseAddr(nodeIP))
-	l.eventually("the Service works", func() error {
-		got, err := greeting(cli.dial, service.Spec.ClusterIP+":80")
-		if err == nil && got != "shop/web" {
-			err = fmt.Errorf("greeting %q", got)
-		}
-		return err
-	})
+	l.answers("the Service", cli.dial, service.Spec.ClusterIP+":80", "shop/web")
 	l.eventually("the Service has a name", func() error {
 		got, _, err := cli.lookUp("web.shop.svc.cluster.local")
 		if err == nil && (len(got) != 1 || got[0] != service.Spec.ClusterIP) {
@@ -121,19 +113,16 @@ func TestOverlappingNetworks(t *testing.T) {
 	}
 	for _, from := range pods {
 		for _, to := range []*pod{pods[0], pods[2]} {
-			got, err := greeting(from.dial, to.address.String()+":8080")
-			if from.namespace == to.namespace && (err != nil || got != to.namespace+"/a") {
-				t.Errorf("%s/%s to %s/%s: %q, %v", from.namespace, from.name, to.namespace, to.name, got, err)
-			}
-			if from.namespace != to.namespace && err == nil {
-				t.Errorf("%s/%s reaches %s/%s", from.namespace, from.name, to.namespace, to.name)
+			way := fmt.Sprintf("%s/%s to %s/%s", from.namespace, from.name, to.namespace, to.name)
+			if from.namespace == to.namespace {
+				l.answers(way, from.dial, to.address.String()+":8080", to.namespace+"/a")
+			} else if got, err := greeting(from.dial, to.address.String()+":8080"); err == nil {
+				t.Errorf("%s: %q", way, got)
 			}
 		}
 	}
 	for _, to := range []*pod{pods[0], pods[2]} {
-		if got, err := greeting(fromNode, to.address.String()+":8080"); err != nil || got != to.namespace+"/a" {
-			t.Errorf("the node to %s: %q, %v", to.namespace, got, err)
-		}
+		l.answers("the node to "+to.namespace, fromNode, to.address.String()+":8080", to.namespace+"/a")
 	}
 }
 
@@ -388,22 +377,26 @@ func TestReap(t *testing.T) {
 	held := l.pod("reap", "held", "reap").add()
 	ns, err := netns.GetFromPath(held.netns)
 	l.must(err)
-	defer ns.Close()
 	held.giveUp()
 	l.pod("reap", "again", "reap").add().giveUp()
-	want := []netip.Addr{kept.address, held.address}
-	l.eventually("the attachments are reaped", func() error {
-		l.agent.sweep(context.Background())
-		var got []netip.Addr
-		for _, at := range l.records() {
-			got = append(got, at.Address)
-		}
-		slices.SortFunc(got, netip.Addr.Compare)
-		if !slices.Equal(got, want) {
-			return fmt.Errorf("records of %v, want %v", got, want)
-		}
-		return nil
-	})
+	reaped := func(want ...netip.Addr) {
+		t.Helper()
+		l.eventually("the attachments are reaped", func() error {
+			l.agent.sweep(context.Background())
+			var got []netip.Addr
+			for _, at := range l.records() {
+				got = append(got, at.Address)
+			}
+			slices.SortFunc(got, netip.Addr.Compare)
+			if !slices.Equal(got, want) {
+				return fmt.Errorf("records of %v, want %v", got, want)
+			}
+			return nil
+		})
+	}
+	reaped(kept.address, held.address)
+	l.must(ns.Close()) // as when the process ends
+	reaped(kept.address)
 }
 
 // A Block that is deleted behind the agent's back while pods use it comes back.

@@ -52,7 +52,11 @@ const (
 	nodeIP     = "192.0.2.11"
 	otherIP    = "192.0.2.12"
 	clusterDNS = "10.96.0.10"
-	patience   = 30 * time.Second
+	// patience is no longer than the agent's sweepInterval, after which it finds out what no
+	// event has told it.
+	patience = sweepInterval
+	// startTimeout is that of an API server, which others may start beside.
+	startTimeout = 3 * time.Minute
 )
 
 var (
@@ -128,7 +132,7 @@ func asNode(m *testing.M) (int, error) {
 		}
 	}
 	environment := &envtest.Environment{
-		BinaryAssetsDirectory: assets,
+		BinaryAssetsDirectory: assets, ControlPlaneStartTimeout: startTimeout,
 		CRDDirectoryPaths:     []string{"../../deploy/h8s/templates/crds"},
 		ErrorIfCRDPathMissing: true,
 	}
@@ -546,6 +550,18 @@ func (p *pod) dial(to string) (net.Conn, error) {
 	return conn, err
 }
 
+// answers waits until the server at to says so.
+func (l *lab) answers(what string, dial func(string) (net.Conn, error), to, want string) {
+	l.t.Helper()
+	l.eventually(what, func() error {
+		got, err := greeting(dial, to)
+		if err == nil && got != want {
+			l.t.Fatalf("%s: %q answers, want %q", what, got, want)
+		}
+		return err
+	})
+}
+
 // greeting is what the server at to says.
 func greeting(dial func(string) (net.Conn, error), to string) (string, error) {
 	conn, err := dial(to)
@@ -557,7 +573,7 @@ func greeting(dial func(string) (net.Conn, error), to string) (string, error) {
 }
 
 func readLine(conn net.Conn) (string, error) {
-	if err := conn.SetReadDeadline(time.Now().Add(2 * time.Second)); err != nil {
+	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
 		return "", err
 	}
 	buf := make([]byte, 100)
