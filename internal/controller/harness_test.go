@@ -37,7 +37,11 @@ const (
 	release        = "h8s-system"
 	controllerUser = "system:serviceaccount:" + release + ":h8s-controller"
 	nodeAgent      = "system:serviceaccount:" + release + ":h8s-node"
-	patience       = 30 * time.Second
+	// patience with a busy machine, where a deadline is not what is tested. After a minute
+	// (reservationTTL, claimTTL) some things come right by themselves.
+	patience = 50 * time.Second
+	// startTimeout is that of programs which others start beside.
+	startTimeout = 3 * time.Minute
 )
 
 // cluster is a real API server with Kubernetes' own controllers, the chart's
@@ -98,7 +102,7 @@ func start(ctx context.Context) (stop func() error, err error) {
 		return stop, err
 	}
 	stops = append(stops, hooks.Cleanup)
-	cluster.env = &envtest.Environment{BinaryAssetsDirectory: bin, ControlPlaneStopTimeout: time.Minute}
+	cluster.env = &envtest.Environment{BinaryAssetsDirectory: bin, ControlPlaneStartTimeout: startTimeout, ControlPlaneStopTimeout: time.Minute}
 	apiServer := cluster.env.ControlPlane.GetAPIServer()
 	apiServer.Configure().Disable("disable-admission-plugins").Set("service-cluster-ip-range", "10.96.0.0/16")
 	if err := configureAuthorization(apiServer, hooks); err != nil {

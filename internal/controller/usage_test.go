@@ -385,7 +385,7 @@ func (b *balancer) kill(backend string) {
 func secondAPIServer(t *testing.T) func(user string) client.Client {
 	t.Helper()
 	first := cluster.env.ControlPlane.GetAPIServer()
-	server := &envtest.APIServer{Path: first.Path, EtcdURL: cluster.env.ControlPlane.Etcd.URL, StartTimeout: time.Minute, StopTimeout: time.Minute}
+	server := &envtest.APIServer{Path: first.Path, EtcdURL: cluster.env.ControlPlane.Etcd.URL, StartTimeout: startTimeout, StopTimeout: time.Minute}
 	server.Configure().Disable("disable-admission-plugins").Set("service-cluster-ip-range", "10.96.0.0/16")
 	if err := server.Start(); err != nil {
 		t.Fatal(err)
