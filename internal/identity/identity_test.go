@@ -371,7 +371,7 @@ func TestServiceUser(t *testing.T) {
 }
 
 // patience with a busy machine, where a deadline is not what is tested.
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 func eventually(t *testing.T, check func() error) {
 	t.Helper()
@@ -485,12 +485,14 @@ func TestRestart(t *testing.T) {
 			}
 		}
 	}
-	short := user.token(t, project(web))
 	remembering := must[*Validator](t)(New(service, Options{Deadline: patience, Fresh: MaxCache}))
-	id, err := remembering.Validate(t.Context(), short)
-	if err != nil {
-		t.Fatal(err)
-	}
+	var short string
+	var id *Identity
+	eventually(t, func() (err error) { // on a busy machine a token may end before it is looked at
+		short = user.token(t, project(web))
+		id, err = remembering.Validate(t.Context(), short)
+		return err
+	})
 	eventually(t, func() error {
 		if _, err := remembering.Validate(t.Context(), short); err == nil {
 			return errors.New("the token lives past its end")
