@@ -23,7 +23,7 @@ import (
 
 const (
 	// patience bounds what must happen, despair what must not.
-	patience = 10 * time.Second
+	patience = 30 * time.Second
 	despair  = 400 * time.Millisecond
 )
 

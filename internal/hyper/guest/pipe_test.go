@@ -24,6 +24,9 @@ import (
 	"h8s.io/hypernetes/internal/hyper/channel"
 )
 
+// patience with a busy machine, where a deadline is not what is tested.
+const patience = 5 * time.Minute
+
 // connect makes a channel with the given handlers on its guest's end.
 func connect(t *testing.T, handlers map[channel.Kind]channel.Handler) *channel.Host {
 	t.Helper()
@@ -50,7 +53,7 @@ func openStream(t *testing.T, host *channel.Host, kind channel.Kind, argument st
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := stream.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+	if err := stream.SetDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
 	return stream
@@ -67,7 +70,7 @@ func randomBytes(n int) []byte {
 // awaitGone waits until a file is no more.
 func awaitGone(t *testing.T, path string) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 			return
 		}
@@ -114,7 +117,7 @@ func TestPipeReadGivenUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := f.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+	if err := f.SetDeadline(time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
 	stream.Close()
@@ -236,12 +239,12 @@ func TestInputEnds(t *testing.T) {
 				if !bytes.Equal(have, data) {
 					t.Errorf("%d bytes came, and not the %d that were sent", len(have), len(data))
 				}
-			case <-time.After(30 * time.Second):
+			case <-time.After(patience):
 				t.Fatal("the input has no end")
 			}
 			select {
 			case <-inner.closeIO:
-			case <-time.After(30 * time.Second):
+			case <-time.After(patience):
 				t.Error("containerd's own writer stays")
 			}
 			awaitGone(t, path)
