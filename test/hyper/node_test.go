@@ -7,6 +7,7 @@ package hyper
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -277,12 +278,25 @@ func cmdline(pid int) string {
 
 func (n *node) eventually(what string, ok func() bool) {
 	n.t.Helper()
-	deadline := time.Now().Add(testTimeout)
-	for !ok() {
-		if time.Now().After(deadline) {
-			n.t.Fatalf("%s: not in %s", what, testTimeout)
+	n.eventuallyNil(func() error {
+		if !ok() {
+			return errors.New(what)
 		}
-		time.Sleep(50 * time.Millisecond)
+		return nil
+	})
+}
+
+// eventuallyNil waits until nothing is wrong any more.
+func (n *node) eventuallyNil(wrong func() error) {
+	n.t.Helper()
+	for deadline := time.Now().Add(testTimeout); ; time.Sleep(50 * time.Millisecond) {
+		err := wrong()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			n.t.Fatalf("still after %s: %v", testTimeout, err)
+		}
 	}
 }
 

@@ -5,6 +5,7 @@ package hyper
 import (
 	"bytes"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -116,27 +117,31 @@ func (p *pod) remove() {
 func (n *node) nothingLeft() {
 	n.t.Helper()
 	n.eventually("processes end", func() bool { return len(n.processes()) == 0 })
-	for what, dir := range map[string]string{
-		"machines": n.path("vm"), "sockets": n.path("s"),
-		"sandbox bundles":   n.path("state/io.containerd.sandbox.controller.v1.shim/k8s.io"),
-		"container bundles": n.path("state/io.containerd.runtime.v2.task/k8s.io"),
-	} {
-		entries, err := os.ReadDir(dir)
-		if err != nil && !os.IsNotExist(err) {
-			n.t.Error(err)
-		}
-		for _, e := range entries {
-			// A machine has a directory; the files beside are the node's, and stay.
-			if what != "machines" || e.IsDir() {
-				n.t.Errorf("%s: %s is left", what, e.Name())
+	n.eventuallyNil(func() error {
+		var errs []error
+		for what, dir := range map[string]string{
+			"machines": n.path("vm"), "sockets": n.path("s"),
+			"sandbox bundles":   n.path("state/io.containerd.sandbox.controller.v1.shim/k8s.io"),
+			"container bundles": n.path("state/io.containerd.runtime.v2.task/k8s.io"),
+		} {
+			entries, err := os.ReadDir(dir)
+			if err != nil && !os.IsNotExist(err) {
+				errs = append(errs, err)
+			}
+			for _, e := range entries {
+				// A machine has a directory; the files beside are the node's, and stay.
+				if what != "machines" || e.IsDir() {
+					errs = append(errs, fmt.Errorf("%s: %s is left", what, e.Name()))
+				}
 			}
 		}
-	}
-	for _, dir := range n.cgroups() {
-		if strings.Contains(dir, "/h8s-test-") && strings.Contains(dir[strings.Index(dir, n.cgroup)+len(n.cgroup):], "/h8s-") {
-			n.t.Errorf("the cgroup %s is left", dir)
+		for _, dir := range n.cgroups() {
+			if strings.Contains(dir, "/h8s-test-") && strings.Contains(dir[strings.Index(dir, n.cgroup)+len(n.cgroup):], "/h8s-") {
+				errs = append(errs, fmt.Errorf("the cgroup %s is left", dir))
+			}
 		}
-	}
+		return errors.Join(errs...)
+	})
 }
 
 func TestPod(t *testing.T) {

@@ -278,16 +278,14 @@ func TestPod(t *testing.T) {
 			t.Errorf("nftables tables left in the pod's network namespace: %v", tables)
 		}
 		for _, dir := range []string{"/run/containerd/s", "/run/containerd/runsc/default"} {
-			entries, err := os.ReadDir(n.path(dir))
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, e := range entries {
-				// One empty network namespace for all gofers of a node stays.
-				if e.Name() != "null-netns" {
-					t.Errorf("%s/%s is left", dir, e.Name())
+			eventually(t, dir+" is empty", func() bool {
+				entries, err := os.ReadDir(n.path(dir))
+				if err != nil {
+					t.Fatal(err)
 				}
-			}
+				// One empty network namespace for all gofers of a node stays.
+				return !slices.ContainsFunc(entries, func(e os.DirEntry) bool { return e.Name() != "null-netns" })
+			})
 		}
 	})
 }
