@@ -82,11 +82,7 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 	if args := kubectl(t, admin, "get", "daemonset", "h8s-node", "-n", "h8s-system", "-o", "jsonpath={.spec.template.spec.containers[0].env[*].name}"); strings.Contains(args, "KUBERNETES_SERVICE_HOST") {
 		t.Errorf("node agents are told an address of the API server: %s", args)
 	}
-	// That the controllers are ready is not known to kube-proxy at once.
-	eventually(t, func() error {
-		_, err := tryInput(admin, "{apiVersion: h8s.io/v1alpha1, kind: Tenant, metadata: {name: probe}, spec: {network: {cidrs: [10.0.0.0/16]}}}", "create", "--dry-run=server", "-f", "-")
-		return err
-	})
+	awaitCluster(t)
 	reaches(t, visitor, service) // what is of no tenant is as it was
 
 	tn := newTenant(t, "chart", "10.0.0.0/16")

@@ -29,6 +29,7 @@ func TestUpstream(t *testing.T) {
 		if n := len(nodes(t)); n < 2 {
 			t.Errorf("%d nodes, want at least 2", n)
 		}
+		awaitCluster(t)
 		lines := strings.Split(strings.TrimSpace(kubectl(t, admin, "get", "nodes", "-o", "wide", "--no-headers")), "\n")
 		for _, line := range lines {
 			f := strings.Fields(line)
@@ -47,9 +48,12 @@ func TestUpstream(t *testing.T) {
 		}
 	})
 	t.Run("Doctor", func(t *testing.T) {
-		if wrong := doctor(t); wrong != "" {
-			t.Errorf("h8s doctor: %s", wrong)
-		}
+		eventually(t, func() error {
+			if wrong := doctor(t); wrong != "" {
+				return fmt.Errorf("h8s doctor: %s", wrong)
+			}
+			return nil
+		})
 	})
 	t.Run("AlreadyUp", func(t *testing.T) {
 		out, err := h8sOutput(30*time.Second, "up", "--name", cluster.cluster)
@@ -207,14 +211,18 @@ func TestKill(t *testing.T) {
 	t.Run("h8s-controller", func(t *testing.T) {
 		var node string
 		var old []process
-		for _, n := range nodes(t) {
-			if found := processes(n, "h8s-controller"); len(found) > 0 {
-				node, old = n, append(old, found...)
+		eventually(t, func() error { // without its lease it ends, and the API server was away
+			old = nil
+			for _, n := range nodes(t) {
+				if found := processes(n, "h8s-controller"); len(found) > 0 {
+					node, old = n, append(old, found...)
+				}
 			}
-		}
-		if len(old) != 1 {
-			t.Fatalf("h8s-controller runs %d times, want once", len(old))
-		}
+			if len(old) != 1 {
+				return fmt.Errorf("h8s-controller runs %d times, want once", len(old))
+			}
+			return nil
+		})
 		old[0].kill(t)
 		restarted(t, node, "h8s-controller", old[0])
 		converged(t, other)
@@ -395,14 +403,18 @@ func supervisors(t testing.TB, node string) (working, standby process) {
 	return working, standby
 }
 
-// only is the one process of that name on a node.
-func only(t testing.TB, node, program string) process {
+// only is the one process of that name on a node, which may be about to be started again.
+func only(t testing.TB, node, program string) (p process) {
 	t.Helper()
-	found := processes(node, program)
-	if len(found) != 1 {
-		t.Fatalf("node %s runs %s %d times", node, program, len(found))
-	}
-	return found[0]
+	eventually(t, func() error {
+		found := processes(node, program)
+		if len(found) != 1 {
+			return fmt.Errorf("node %s runs %s %d times", node, program, len(found))
+		}
+		p = found[0]
+		return nil
+	})
+	return p
 }
 
 // restarted waits for a new process in the place of an old one.

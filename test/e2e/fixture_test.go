@@ -19,6 +19,7 @@ type tenant struct {
 // the default one first; without any, what a Tenant has that says nothing.
 func newTenant(t testing.TB, name, cidr string, sandboxes ...string) tenant {
 	t.Helper()
+	awaitCluster(t)
 	tn := tenant{name: name, owner: name + "-owner", ns: name + "-ns"}
 	sandbox := "{}"
 	if len(sandboxes) > 0 {
@@ -66,6 +67,36 @@ spec:
 		return err
 	})
 	return tn
+}
+
+// awaitCluster waits until the cluster is whole. The test before may have killed, stopped or
+// starved any part of it.
+func awaitCluster(t testing.TB) {
+	t.Helper()
+	eventually(t, func() error {
+		out, err := try(admin, "get", "nodes", "-o", `jsonpath={range .items[*]}{.metadata.name} is ready {.status.conditions[?(@.type=="Ready")].status}, `+
+			`for tenants {.metadata.labels.h8s\.io/node-ready}, short of memory {.status.conditions[?(@.type=="MemoryPressure")].status}, with taints {.spec.taints[*].key}{"\n"}{end}`)
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(out) {
+			if !strings.HasSuffix(line, " is ready True, for tenants true, short of memory False, with taints \n") {
+				return fmt.Errorf("node %s", line)
+			}
+		}
+		out, err = try(admin, "get", "pods", "-n", systemNamespace, "-o", `jsonpath={range .items[*]}{.metadata.name} {.status.conditions[?(@.type=="Ready")].status}{"\n"}{end}`)
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(out) {
+			if !strings.HasSuffix(line, " True\n") {
+				return fmt.Errorf("pods of the product and whether they are ready: %s", out)
+			}
+		}
+		// That a controller is ready is not known to kube-proxy at once.
+		_, err = tryInput(admin, "{apiVersion: h8s.io/v1alpha1, kind: Tenant, metadata: {name: probe}, spec: {network: {cidrs: [10.0.0.0/16]}}}", "create", "--dry-run=server", "-f", "-")
+		return err
+	})
 }
 
 // pod is a manifest of a pod that serves agnhost netexec on 8080 (TCP and UDP),
