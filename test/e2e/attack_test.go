@@ -49,7 +49,7 @@ func (tn tenant) arm(t testing.TB, pods ...string) {
 	var g errgroup.Group
 	for _, p := range pods {
 		g.Go(func() error {
-			return poll(30*time.Second, func() error {
+			return poll(patience, func() error {
 				_, err := tryInput(tn.owner, string(program), "exec", "-i", "-n", tn.ns, p, "--", "sh", "-c", "cat >"+podProbe+" && chmod +x "+podProbe)
 				return err
 			})
@@ -66,10 +66,32 @@ func (tn tenant) dial(t testing.TB, pod string, targets ...probe.Target) []probe
 	return viaPod[probe.Outcome](t, tn, pod, "dial", targets)
 }
 
-// ask puts all questions to the name server of a pod that is armed.
+// ask puts all questions to the name server of a pod that is armed; those again that a busy
+// machine has not answered in time.
 func (tn tenant) ask(t testing.TB, pod string, queries ...probe.Query) []probe.Answer {
 	t.Helper()
-	return viaPod[probe.Answer](t, tn, pod, "dns", queries)
+	answers := make([]probe.Answer, len(queries))
+	open := make([]int, len(queries))
+	for i := range open {
+		open[i] = i
+	}
+	_ = poll(time.Minute, func() error { // who asks sees what is missing
+		var asked []probe.Query
+		for _, i := range open {
+			asked = append(asked, queries[i])
+		}
+		var late []int
+		for n, a := range viaPod[probe.Answer](t, tn, pod, "dns", asked) {
+			if answers[open[n]] = a; a.Late {
+				late = append(late, open[n])
+			}
+		}
+		if open = late; len(late) > 0 {
+			return fmt.Errorf("%d questions are open", len(late))
+		}
+		return nil
+	})
+	return answers
 }
 
 func viaPod[Out, In any](t testing.TB, tn tenant, pod, verb string, in []In) []Out {
@@ -143,7 +165,7 @@ func probeIn(ctx context.Context, t testing.TB, netns string, args ...string) *e
 // dialFrom dials all targets at once from a network namespace of the machine.
 func dialFrom(t testing.TB, netns string, targets ...probe.Target) []probe.Outcome {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	cmd := probeIn(ctx, t, netns, "dial")
 	cmd.Stdin = strings.NewReader(mustJSON(t, targets))
@@ -219,7 +241,7 @@ func (c *capture) lines(t testing.TB) []string {
 		if err != nil {
 			t.Fatalf("capture in %s: %v: %s", c.where, err, c.out.String())
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("capture in %s: the control packet, which is allowed, did not arrive; seen: %s", c.where, c.out.String())
 	}
 	return strings.Split(strings.TrimSpace(strings.TrimPrefix(c.out.String(), "ready\n")), "\n")

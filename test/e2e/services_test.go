@@ -64,7 +64,7 @@ spec:
   - name: agnhost
     image: localhost/agnhost:latest
     imagePullPolicy: Never
-    command: [sh, -c, "mkdir /tmp/www && touch %[6]s && httpd -p 8090 -h /tmp/www && /agnhost netexec --http-port=%[7]d --udp-port=%[7]d & exec /agnhost netexec --http-port=%[3]d --udp-port=%[3]d --delay-shutdown=15"]
+    command: [sh, -c, "mkdir /tmp/www && touch %[6]s && httpd -p 8090 -h /tmp/www && /agnhost netexec --http-port=%[7]d --udp-port=%[7]d & exec /agnhost netexec --http-port=%[3]d --udp-port=%[3]d --delay-shutdown=100"]
     ports: [{name: http, containerPort: %[3]d}, {name: udp, containerPort: %[3]d, protocol: UDP}, {name: more, containerPort: %[7]d}]
     readinessProbe: {httpGet: {path: /ready, port: 8090}, periodSeconds: 1, timeoutSeconds: 10}
 `, name, node, port, map[bool]string{true: "no", false: "yes"}[name == "client"], extra, podReady, port+100)
@@ -164,10 +164,13 @@ func (s shop) testClusterIP(t *testing.T) {
 		s.settle(t, "client", "udp", s.clusterIP(t, service)+":80", want)
 	}
 	// The server sees who really calls.
-	o := s.dial(t, "client", probe.Target{Proto: "http", Address: s.clusterIP(t, "only-two") + ":80", Path: "/clientip"})[0]
-	if !strings.HasPrefix(o.Answer, s.ip(t, "client")+":") {
-		t.Errorf("the server sees the client as %q %s, want %s", o.Answer, o.Failure, s.ip(t, "client"))
-	}
+	eventually(t, func() error {
+		o := s.dial(t, "client", probe.Target{Proto: "http", Address: s.clusterIP(t, "only-two") + ":80", Path: "/clientip"})[0]
+		if !strings.HasPrefix(o.Answer, s.ip(t, "client")+":") {
+			return fmt.Errorf("the server sees the client as %q %s, want %s", o.Answer, o.Failure, s.ip(t, "client"))
+		}
+		return nil
+	})
 }
 
 func (s shop) testAffinity(t *testing.T) {
@@ -175,11 +178,19 @@ func (s shop) testAffinity(t *testing.T) {
 	for _, from := range []string{"client", "one", "two"} {
 		for _, proto := range []string{"http", "udp"} {
 			// One call first: calls made at once may all be the first.
-			if _, failures := s.answers(t, from, proto, ip+":80", 1); len(failures) > 0 {
-				t.Errorf("from %s: %v", from, failures)
-			}
-			if who, failures := s.answers(t, from, proto, ip+":80", 32); len(who) != 1 || len(failures) > 0 {
-				t.Errorf("%s from %s with affinity: answered by %v, failed: %v; want one of them only", proto, from, who, failures)
+			var first []string
+			for _, times := range []int{1, 32} {
+				eventually(t, func() error {
+					who, failures := s.answers(t, from, proto, ip+":80", times)
+					if len(who) > 1 || len(first) > 0 && len(who) > 0 && !slices.Equal(who, first) {
+						t.Fatalf("%s from %s with affinity: answered by %v, and first by %v; want one of them only", proto, from, who, first)
+					}
+					if len(failures) > 0 {
+						return fmt.Errorf("%s from %s with affinity: %v", proto, from, failures)
+					}
+					first = who
+					return nil
+				})
 			}
 		}
 	}
@@ -249,7 +260,7 @@ func (s shop) testNotReadyAddresses(t *testing.T) {
 // connections only where there is nobody else, and keeps those that it has.
 func (s shop) testTerminating(t *testing.T) {
 	leaving := strings.Replace(serverPod("leaving", nodes(t)[1], 8080, ""), `web: "yes"`, `leaving: "maybe"`, 1)
-	s.run(t, strings.Replace(leaving, "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 30", 1))
+	s.run(t, strings.Replace(leaving, "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 120", 1))
 	s.waitReady(t, "leaving")
 	kubectl(t, s.owner, "label", "pod", "one", "-n", s.ns, "leaving=maybe")
 	defer kubectl(t, s.owner, "label", "pod", "one", "-n", s.ns, "leaving-")

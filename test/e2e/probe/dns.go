@@ -24,6 +24,13 @@ type Query struct {
 type Answer struct {
 	Rcode string   `json:"rcode"`
 	Data  []string `json:"data,omitempty"`
+	// Late says that there was none in time.
+	Late bool `json:"late,omitempty"`
+}
+
+// failed is what stands in for the answer that there is not.
+func failed(err error) Answer {
+	return Answer{Rcode: "failed: " + err.Error(), Late: kind(err) == "timeout"}
 }
 
 func (q Query) ask(ctx context.Context) Answer {
@@ -33,13 +40,13 @@ func (q Query) ask(ctx context.Context) Answer {
 		r := net.Resolver{PreferGo: true}
 		addrs, err := r.LookupHost(ctx, q.Name)
 		if err != nil {
-			return Answer{Rcode: "failed: " + err.Error()}
+			return failed(err)
 		}
 		return Answer{Rcode: "NOERROR", Data: addrs}
 	}
 	server, err := nameserver()
 	if err != nil {
-		return Answer{Rcode: "failed: " + err.Error()}
+		return failed(err)
 	}
 	m := new(dns.Msg).SetQuestion(dns.Fqdn(q.Name), dns.StringToType[q.Type])
 	c := dns.Client{Timeout: 2 * time.Second}
@@ -53,7 +60,7 @@ func (q Query) ask(ctx context.Context) Answer {
 		}
 	}
 	if err != nil {
-		return Answer{Rcode: "failed: " + err.Error()}
+		return failed(err)
 	}
 	a := Answer{Rcode: dns.RcodeToString[resp.Rcode]}
 	for _, rr := range resp.Answer {
