@@ -40,9 +40,7 @@ func TestTenantLifecycle(t *testing.T) {
 
 	t.Log("the owner makes a namespace; it is labelled in the answer already")
 	ns := namespaceOf("life-shop", "", map[string]string{"team": "a"})
-	if err := alice.Create(ctx, ns); err != nil {
-		t.Fatal(err)
-	}
+	eventually(t, func() error { return alice.Create(ctx, ns) }) // the authorizer learns of the binding by a watch
 	wantLabels := map[string]string{
 		"team": "a", "kubernetes.io/metadata.name": "life-shop", "pod-security.kubernetes.io/enforce": "baseline",
 		v1alpha1.LabelTenant: "life", v1alpha1.LabelNetwork: "life", v1alpha1.LabelSandbox: "gvisor",
