@@ -145,9 +145,7 @@ func testInUse(t *testing.T) {
 	}
 	tn.run(t, pod("more", "", ""))
 	tn.waitReady(t, "more")
-	if err := tn.connect("more", tn.ip(t, "web")+":8080", "tcp"); err != nil {
-		t.Error(err)
-	}
+	eventually(t, func() error { return tn.connect("more", tn.ip(t, "web")+":8080", "tcp") })
 }
 
 // testTwoTenants: a user of two tenants says for which a namespace is.
@@ -388,6 +386,13 @@ func TestCrowd(t *testing.T) {
 		wantReady(tn.ns, addresses)
 	})
 	t.Run("FullNode", func(t *testing.T) {
+		eventually(t, func() error { // those that were deleted have gone
+			out, err := try(admin, "get", "pods", "-n", tn.ns, "-o", "name")
+			if n := len(strings.Fields(out)); err == nil && n != addresses {
+				err = fmt.Errorf("%d pods are in %s, want %d", n, tn.ns, addresses)
+			}
+			return err
+		})
 		others := len(strings.Fields(kubectl(t, admin, "get", "pods", "-A", "--field-selector=spec.nodeName="+node, "-o", "name"))) - addresses
 		sandboxed := len(processes(node, "runsc-sandbox"))
 		apply(t, tn.owner, deployment(large, "gvisor", sandboxes))

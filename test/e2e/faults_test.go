@@ -225,20 +225,18 @@ func testAgentDown(t *testing.T, tn tenant) {
 		return nil
 	})
 	tn.run(t, pod("waiting", b, ""))
-	if err := tn.connect("client", tn.ip(t, "server")+":8080", "tcp"); err != nil {
-		t.Errorf("while the agents are down: %v", err)
+	reaches := func(target string) {
+		t.Helper()
+		eventually(t, func() error { return tn.connect("client", target, "tcp") })
 	}
+	reaches(tn.ip(t, "server") + ":8080")
 	clusterIP := kubectl(t, tn.owner, "get", "service", "server", "-n", tn.ns, "-o", "jsonpath={.spec.clusterIP}")
-	if err := tn.connect("client", clusterIP+":80", "tcp"); err != nil {
-		t.Errorf("while the agents are down: %v", err)
-	}
+	reaches(clusterIP + ":80")
 	tn.waitsBecause(t, "waiting", "h8s-node")
 	kubectl(t, tn.owner, "delete", "pod", "leaving", "-n", tn.ns, "--wait=false")
 	back()
 	tn.waitReady(t, "waiting")
-	if err := tn.connect("client", tn.ip(t, "waiting")+":8080", "tcp"); err != nil {
-		t.Error(err)
-	}
+	reaches(tn.ip(t, "waiting") + ":8080")
 	kubectl(t, tn.owner, "wait", "--for=delete", "pod/leaving", "-n", tn.ns, "--timeout=4m")
 	kubectl(t, tn.owner, "delete", "pod", "waiting", "-n", tn.ns, "--timeout=4m")
 	recordsMatch(t, tn)
@@ -352,7 +350,7 @@ func testKilledInAdd(t *testing.T, tn tenant) {
 		names = append(names, fmt.Sprintf("killed-%d", i))
 		manifests = append(manifests, pod(names[i], nodes(t)[i%2], ""))
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	killed := make(chan error)
 	for _, n := range nodes(t) {
@@ -385,9 +383,7 @@ func testKilledInAdd(t *testing.T, tn tenant) {
 			t.Errorf("pods %s and %s both have the address %s", name, other, ip)
 		}
 		owner[ip] = name
-		if err := tn.connect("client", ip+":8080", "tcp"); err != nil {
-			t.Error(err)
-		}
+		eventually(t, func() error { return tn.connect("client", ip+":8080", "tcp") })
 	}
 	recordsMatch(t, tn)
 	kubectl(t, tn.owner, append([]string{"delete", "pod", "-n", tn.ns, "--timeout=4m"}, names...)...)

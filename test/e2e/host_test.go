@@ -48,7 +48,7 @@ func leftovers(before, after hostState) []string {
 // awaitRestored waits until nothing is left of a cluster. Its processes are dead
 // when `h8s down` returns; it is the machine's init that reaps them.
 func awaitRestored(before hostState, name string) error {
-	return poll(20*time.Second, func() error {
+	return poll(patience, func() error {
 		after, err := newHostState(name)
 		if err != nil {
 			return err
@@ -242,7 +242,7 @@ func ignoreGone(err error) error {
 
 // hostOutput is what a command prints, run on the host.
 func hostOutput(argv ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, argv[0], argv[1:]...).Output()
 	if err != nil {

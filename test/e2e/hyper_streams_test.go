@@ -96,7 +96,7 @@ func testHyperLogs(t *testing.T, tn tenant) {
 
 // testHyperExec passes 100 MB through a process in the pod, both ways at once.
 func testHyperExec(t *testing.T, tn tenant) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	const size = 100_000_000
 	in, out := sha256.New(), &counter{Hash: sha256.New()}
@@ -223,14 +223,14 @@ func testHyperTerminal(t *testing.T, tn tenant) {
 		if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 42 {
 			t.Errorf("kubectl exec -it ended with %v, want 42: %q", err, p.out)
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(patience):
 		t.Errorf("kubectl exec -it does not end with its shell: %q", p.out)
 	}
 }
 
 func testHyperAttach(t *testing.T, tn tenant) {
 	log := tn.follow(t, "streams", "echo")
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	cmd := tn.command(ctx, "attach", "-i", "streams", "-c", "echo")
 	out := &syncBuffer{}
@@ -271,7 +271,7 @@ func testHyperAttach(t *testing.T, tn tenant) {
 // testHyperPortForward has several connections at once, with much to carry. The server
 // ends one when the client has ended its half.
 func testHyperPortForward(t *testing.T, tn tenant) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	defer cancel()
 	cmd, out := tn.command(ctx, "port-forward", "pod/streams", ":9000", "--address=127.0.0.1"), &syncBuffer{}
 	cmd.Stdout, cmd.Stderr = out, out
@@ -298,7 +298,7 @@ func testHyperPortForward(t *testing.T, tn tenant) {
 				return err
 			}
 			defer c.Close()
-			if err := c.SetDeadline(time.Now().Add(90 * time.Second)); err != nil {
+			if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
 				return err
 			}
 			go func() { _, _ = c.Write(data) }() // what is missing is missed below

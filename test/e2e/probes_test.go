@@ -215,8 +215,7 @@ func testAddresses(t *testing.T, tn tenant, node string) {
 }
 
 // containerReady is status.containerStatuses[].ready by name.
-func containerReady(t testing.TB, tn tenant, pod string) (ready map[string]bool, restarts int) {
-	t.Helper()
+func containerReady(tn tenant, pod string) (ready map[string]bool, restarts int, err error) {
 	var got struct {
 		Status struct {
 			ContainerStatuses []struct {
@@ -227,18 +226,19 @@ func containerReady(t testing.TB, tn tenant, pod string) (ready map[string]bool,
 			}
 		}
 	}
-	if err := json.Unmarshal([]byte(kubectl(t, tn.owner, "get", "pod", pod, "-n", tn.ns, "-o", "json")), &got); err != nil {
-		t.Fatal(err)
+	out, err := try(tn.owner, "get", "pod", pod, "-n", tn.ns, "-o", "json")
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &got)
 	}
 	ready = map[string]bool{}
 	for _, c := range got.Status.ContainerStatuses {
 		ready[c.Name] = c.Ready
 		restarts += c.RestartCount
-		if !c.Started {
-			t.Errorf("%s: the startup probe of container %s has not passed", pod, c.Name)
+		if !c.Started && err == nil {
+			err = fmt.Errorf("%s: the startup probe of container %s has not passed", pod, c.Name)
 		}
 	}
-	return ready, restarts
+	return ready, restarts, err
 }
 
 func testHealthy(t *testing.T, tn tenant) {
@@ -246,9 +246,9 @@ func testHealthy(t *testing.T, tn tenant) {
 	for kind := range probes {
 		want[kind] = true
 	}
-	got, restarts := containerReady(t, tn, "healthy")
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("ready containers (- want + got):\n%s", diff)
+	got, restarts, err := containerReady(tn, "healthy")
+	if diff := cmp.Diff(want, got); err != nil || diff != "" {
+		t.Errorf("%v; ready containers (- want + got):\n%s", err, diff)
 	}
 	if restarts != 0 {
 		t.Errorf("%d restarts: a liveness probe failed", restarts)
@@ -283,7 +283,12 @@ func testSick(t *testing.T, tn tenant, node string) {
 	for kind := range probes {
 		want[kind] = false
 	}
-	got, restarts := containerReady(t, tn, "sick")
+	var got map[string]bool
+	var restarts int
+	eventually(t, func() (err error) { // the API server learns of it a little later
+		got, restarts, err = containerReady(tn, "sick")
+		return err
+	})
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("ready containers (- want + got):\n%s", diff)
 	}
@@ -303,12 +308,15 @@ func testHooks(t *testing.T, tn tenant) {
 		}
 		return err
 	})
-	out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector", "involvedObject.name=badhook,reason=FailedPostStartHook", "-o", "name")
-	if err != nil || out == "" {
-		t.Errorf("control: a postStart hook that nobody answers did not fail: %q, %v", out, err)
-	}
+	eventually(t, func() error {
+		out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector", "involvedObject.name=badhook,reason=FailedPostStartHook", "-o", "name")
+		if err != nil || out == "" {
+			return fmt.Errorf("control: a postStart hook that nobody answers did not fail: %q, %w", out, err)
+		}
+		return nil
+	})
 
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	defer cancel()
 	follow := exec.CommandContext(ctx, filepath.Join(cluster.bin, "kubectl"), "logs", "-f", "-n", tn.ns, "hooked", "-c", "server")
 	follow.Env = append(os.Environ(), "KUBECONFIG="+kubeconfigPath(tn.owner), "HOME="+cluster.dir)
@@ -393,7 +401,7 @@ func testForwardedPorts(t *testing.T, tn tenant) {
 				local = m[1]
 				return nil
 			})
-			client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+			client := http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true}}
 			for range 3 { // each connection is a stream of its own
 				resp, err := client.Get("http://127.0.0.1:" + local + tc.path)
 				if err != nil {
@@ -480,12 +488,9 @@ func (r *rivals) testProbesOfTwins(t *testing.T) {
 			t.Errorf("twin %s is healthy, but Ready is %s as its twin %s is sick", tc.well, got, tc.sick)
 		}
 		// Their owners see the same: the address answers for each tenant with its own pod.
-		for who, w := range twins {
+		for _, w := range twins {
 			from := r.pods[w.name][0]
-			o := w.dial(t, from, probe.Target{Proto: "http", Address: r.ip(w.tenant, w.pod) + ":8080"})[0]
-			if o.Answer != w.pod {
-				t.Errorf("%s at %s: got %q %s, want %s", who, r.ip(w.tenant, w.pod), o.Answer, o.Failure, w.pod)
-			}
+			dialAll(t, w.tenant, from, []check{{Target: probe.Target{Proto: "http", Address: r.ip(w.tenant, w.pod) + ":8080"}, want: w.pod}})
 		}
 		turn(tc.sick, "touch "+podReady, "True")
 	}

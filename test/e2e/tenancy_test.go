@@ -99,7 +99,7 @@ func testNamespaceAdmin(t *testing.T, tn tenant) {
 
 	// A namespace of a name that the server makes, and without ceremony.
 	name := kubectl(t, tn.owner, "create", "-o", "jsonpath={.metadata.name}", "-f", manifest(t, "apiVersion: v1\nkind: Namespace\nmetadata: {generateName: tenancy-}\n"))
-	within(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		_, err := try(tn.owner, "create", "configmap", "c", "-n", name)
 		return err
 	})
@@ -133,7 +133,7 @@ func testLists(t *testing.T, tn tenant) {
 }
 
 func testPortForward(t *testing.T, tn tenant) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(cluster.bin, "kubectl"), "port-forward", "-n", tn.ns, "pod/web", ":8080", "--address=127.0.0.1")
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+kubeconfigPath(tn.owner))
@@ -155,7 +155,7 @@ func testPortForward(t *testing.T, tn tenant) {
 		t.Fatalf("port-forward said %q", line)
 	}
 	client := http.Client{Timeout: 10 * time.Second}
-	within(t, 15*time.Second, func() error {
+	eventually(t, func() error {
 		resp, err := client.Get("http://" + fields[2] + "/echo?msg=through")
 		if err != nil {
 			return err
@@ -655,7 +655,7 @@ func testOperatorNamespace(t *testing.T, tn tenant) {
 	const ns = "tenancy-given"
 	apply(t, admin, fmt.Sprintf("apiVersion: v1\nkind: Namespace\nmetadata: {name: %s, labels: {h8s.io/tenant: %s}}\n", ns, tn.name))
 	defer func() { _, _ = try(admin, "delete", "namespace", ns, "--timeout=4m") }()
-	within(t, 15*time.Second, func() error {
+	eventually(t, func() error {
 		got, err := try(admin, "get", "namespace", ns, "-o",
 			`jsonpath={.metadata.labels.h8s\.io/network} {.metadata.labels.h8s\.io/sandbox} {.metadata.labels.pod-security\.kubernetes\.io/enforce} {.metadata.annotations.h8s\.io/sandboxes}`)
 		if want := tn.name + " gvisor baseline gvisor"; got != want {
@@ -712,7 +712,7 @@ func testMembers(t *testing.T, tn, other tenant) {
 	cells := discoverCells(t, tn, other)
 	for user, role := range roles {
 		t.Run(strings.TrimPrefix(user, tn.name+"-"), func(t *testing.T) {
-			within(t, 10*time.Second, func() error { _, err := try(user, "get", "pods", "-n", tn.ns); return err })
+			eventually(t, func() error { _, err := try(user, "get", "pods", "-n", tn.ns); return err })
 			client := newAPIClient(t, user)
 			// Whom only a group makes a member has no certificate that would be the same once it is renewed.
 			byName := user != robot && user != member("group")
@@ -801,7 +801,7 @@ func testDisabledUser(t *testing.T, tn tenant) {
 		t.Errorf("a kubeconfig for a disabled user: %v", err)
 	}
 	disable(false)
-	within(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		_, err := try(tn.owner, "get", "pods", "-n", tn.ns)
 		return err
 	})
@@ -821,7 +821,7 @@ func testSuspended(t *testing.T, tn tenant) {
 	useToken(t, copied, strings.TrimSpace(token))
 	getPods := []string{"get", "pods", "-n", tn.ns}
 	for _, user := range []string{outside, copied} {
-		within(t, 10*time.Second, func() error { _, err := try(user, getPods...); return err })
+		eventually(t, func() error { _, err := try(user, getPods...); return err })
 	}
 	pod := func() string {
 		return kubectl(t, admin, "get", "pod", "web", "-n", tn.ns, "-o", "jsonpath={.metadata.uid} {.status.podIP} {.status.containerStatuses[*].containerID}")
@@ -833,7 +833,7 @@ func testSuspended(t *testing.T, tn tenant) {
 	}
 	suspend(true)
 	defer suspend(false)
-	kubectl(t, admin, "wait", "--for=condition=Suspended", "tenant/"+tn.name, "--timeout=30s")
+	kubectl(t, admin, "wait", "--for=condition=Suspended", "tenant/"+tn.name, "--timeout=4m")
 	for _, asked := range []struct {
 		user, want string
 		args       []string
@@ -853,15 +853,19 @@ func testSuspended(t *testing.T, tn tenant) {
 	if out, err := try(copied, getPods...); err != nil {
 		t.Errorf("the pod's own token: %s, %v", out, err)
 	}
-	if out, err := try(admin, "exec", "-n", tn.ns, "web", "--", "/agnhost", "connect", "--timeout=2s", strings.Fields(before)[1]+":8080"); err != nil {
-		t.Errorf("the pod does not answer: %s, %v", out, err)
-	}
+	eventually(t, func() error {
+		out, err := try(admin, "exec", "-n", tn.ns, "web", "--", "/agnhost", "connect", "--timeout=2s", strings.Fields(before)[1]+":8080")
+		if err != nil {
+			return fmt.Errorf("the pod does not answer: %s, %w", out, err)
+		}
+		return nil
+	})
 	if now := pod(); now != before {
 		t.Errorf("the pod was %s and is %s", before, now)
 	}
 	suspend(false)
 	for _, user := range []string{tn.owner, outside} {
-		within(t, 10*time.Second, func() error { _, err := try(user, getPods...); return err })
+		eventually(t, func() error { _, err := try(user, getPods...); return err })
 	}
 }
 
@@ -877,7 +881,7 @@ func TestTenantDeletion(t *testing.T) {
 	t.Cleanup(func() { _, _ = release() })
 
 	kubectl(t, admin, "delete", "tenant", tn.name, "--wait=false")
-	within(t, 60*time.Second, func() error {
+	eventually(t, func() error {
 		message, err := try(admin, "get", "tenant", tn.name, "-o", `jsonpath={.status.conditions[?(@.type=="Deleting")].message}`)
 		if err != nil || !strings.Contains(message, tn.ns) {
 			return fmt.Errorf("condition Deleting says %q, which does not name the namespace %s: %w", message, tn.ns, err)

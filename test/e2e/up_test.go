@@ -104,6 +104,7 @@ func TestSideBySide(t *testing.T) {
 	})
 	t.Run("Demo", func(t *testing.T) { b.testDemo(t, out) })
 	t.Run("AlreadyUp", func(t *testing.T) {
+		b.kubectl(t, "wait", "--for=condition=Ready", "nodes", "--all", "--timeout=4m")
 		if out := mk("up"); out != alreadyUp {
 			t.Errorf("make up again does more than to say %q:\n%s", alreadyUp, out)
 		}
@@ -295,7 +296,7 @@ func TestInterruptedUp(t *testing.T) {
 	const name = "cut"
 	helm := func(lines *bufio.Scanner) bool {
 		return lines.Scan() && strings.Contains(lines.Text(), "… install hypernetes") &&
-			poll(time.Minute, func() error {
+			poll(patience, func() error {
 				if len(processesBelow("/h8s-"+name+"/up", "helm")) == 0 {
 					return fmt.Errorf("helm does not run")
 				}
