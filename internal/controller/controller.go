@@ -5,6 +5,7 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -40,6 +41,10 @@ import (
 
 // conflictRetry is how soon a write is tried again that lost against another writer.
 const conflictRetry = 100 * time.Millisecond
+
+// countingRetry is how soon a Tenant is looked at again whose use of its quota is not known
+// yet. A back-off would double with each try while a controller starts, long past the count.
+const countingRetry = time.Second
 
 // workers is how many objects of a kind are reconciled at once. They wait for the API
 // server most of the time, one write after the other.
@@ -281,10 +286,14 @@ func (o objects) memberships(ctx context.Context, user string) ([]string, error)
 	return tenancy.TenantsOf(tenants, user), err
 }
 
-// outcome turns a lost race between writers into another try, and leaves other errors.
+// outcome turns a lost race between writers, and a count that is not done, into another
+// try, and leaves other errors.
 func outcome(err error) (reconcile.Result, error) {
-	if apierrors.IsConflict(err) {
+	switch {
+	case apierrors.IsConflict(err):
 		return reconcile.Result{RequeueAfter: conflictRetry}, nil
+	case errors.Is(err, errCounting):
+		return reconcile.Result{RequeueAfter: countingRetry}, nil
 	}
 	return reconcile.Result{}, err
 }

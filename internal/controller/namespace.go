@@ -50,7 +50,7 @@ func (r *namespaceReconciler) setup(mgr ctrl.Manager) error {
 				requests = append(requests, r.namespacesOf(ctx, t)...)
 			}
 			return requests
-		})).
+		}), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
 		Complete(r)
 }

@@ -59,7 +59,7 @@ func (r *tenantReconciler) setup(mgr ctrl.Manager) error {
 				requests = append(requests, request(name))
 			}
 			return requests
-		})).
+		}), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
 		Complete(r)
 }
