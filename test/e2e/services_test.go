@@ -64,7 +64,7 @@ spec:
   - name: agnhost
     image: localhost/agnhost:latest
     imagePullPolicy: Never
-    command: [sh, -c, "mkdir /tmp/www && touch %[6]s && httpd -p 8090 -h /tmp/www && /agnhost netexec --http-port=%[7]d --udp-port=%[7]d & exec /agnhost netexec --http-port=%[3]d --udp-port=%[3]d --delay-shutdown=100"]
+    command: [sh, -c, "mkdir /tmp/www && touch %[6]s && httpd -p 8090 -h /tmp/www && /agnhost netexec --http-port=%[7]d --udp-port=%[7]d & exec /agnhost netexec --http-port=%[3]d --udp-port=%[3]d --delay-shutdown=40"]
     ports: [{name: http, containerPort: %[3]d}, {name: udp, containerPort: %[3]d, protocol: UDP}, {name: more, containerPort: %[7]d}]
     readinessProbe: {httpGet: {path: /ready, port: 8090}, periodSeconds: 1, timeoutSeconds: 10}
 `, name, node, port, map[bool]string{true: "no", false: "yes"}[name == "client"], extra, podReady, port+100)
@@ -260,7 +260,7 @@ func (s shop) testNotReadyAddresses(t *testing.T) {
 // connections only where there is nobody else, and keeps those that it has.
 func (s shop) testTerminating(t *testing.T) {
 	leaving := strings.Replace(serverPod("leaving", nodes(t)[1], 8080, ""), `web: "yes"`, `leaving: "maybe"`, 1)
-	s.run(t, strings.Replace(leaving, "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 120", 1))
+	s.run(t, strings.Replace(leaving, "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 60", 1))
 	s.waitReady(t, "leaving")
 	kubectl(t, s.owner, "label", "pod", "one", "-n", s.ns, "leaving=maybe")
 	defer kubectl(t, s.owner, "label", "pod", "one", "-n", s.ns, "leaving-")
