@@ -43,6 +43,7 @@ type phase int
 
 const (
 	made phase = iota
+	starting
 	ready
 	ended
 )
@@ -103,17 +104,31 @@ func newPod(id string, config *cri.PodSandboxConfig, netns string, settings Conf
 	return p, nil
 }
 
+// errStopped is why a pod's start fails that is stopped before it is ready.
+var errStopped = errors.New("the pod was stopped while it started")
+
 // start starts the machine and makes its guest this pod's. If it fails, it leaves
 // nothing.
 func (p *pod) start(ctx context.Context) (err error) {
-	if err := os.MkdirAll(p.left.RunDir, 0o700); err != nil {
-		return err
+	p.mu.Lock()
+	if p.phase != made {
+		p.mu.Unlock()
+		return errors.New("the pod was started or stopped before")
 	}
+	p.phase = starting
+	p.mu.Unlock()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(p.ctx, func() { cancel(context.Cause(p.ctx)) })() //nolint:contextcheck // stop ends it
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.left.cleanUp())
+			p.notStarted()
 		}
 	}()
+	if err := os.MkdirAll(p.left.RunDir, 0o700); err != nil {
+		return err
+	}
 	if err := p.left.save(p.bundle); err != nil {
 		return err
 	}
@@ -144,10 +159,10 @@ func (p *pod) start(ctx context.Context) (err error) {
 	p.vm, p.guest, p.forwarder = machine, guest, forwarder
 	p.volumes = newVolumes(guest)
 	p.mu.Lock()
-	if p.phase != made {
+	if p.stopping {
 		p.mu.Unlock()
 		forwarder.close()
-		return errors.New("the pod was stopped while it started")
+		return errStopped
 	}
 	p.phase, p.created = ready, time.Now()
 	p.mu.Unlock()
@@ -157,6 +172,22 @@ func (p *pod) start(ctx context.Context) (err error) {
 	go p.watch()
 	go p.collect() //nolint:contextcheck // for as long as the pod lives
 	return nil
+}
+
+// notStarted notes that a start has failed, of which nothing is left.
+func (p *pod) notStarted() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.phase = made
+	if p.stopping {
+		p.end()
+	}
+}
+
+// end ends a pod that has no machine. The caller holds the lock.
+func (p *pod) end() {
+	p.phase, p.exited = ended, time.Now()
+	close(p.finished)
 }
 
 // collect removes what no pod of the node uses any more.
@@ -248,15 +279,17 @@ func (p *pod) watch() {
 	close(p.finished)
 }
 
-// stop ends the machine, if it was started, and returns when nothing is left of it.
+// stop ends the machine, or its start, and returns when nothing is left of it.
 func (p *pod) stop(ctx context.Context) error {
 	p.mu.Lock()
 	before := p.phase
 	p.stopping = true
-	if before == made {
-		p.phase, p.exited = ended, time.Now()
-		p.cancel(errors.New("the pod was stopped"))
-		close(p.finished)
+	switch before {
+	case made:
+		p.cancel(errStopped)
+		p.end()
+	case starting:
+		p.cancel(errStopped)
 	}
 	p.mu.Unlock()
 	if before == ready {

@@ -80,10 +80,9 @@ func newService(ctx context.Context, config Config, publisher containerd.Publish
 		})
 	}
 	stop.RegisterCallback(func(ctx context.Context) error {
-		// A shim that is told to end (SIGTERM) takes its machine with it. One that is starting does
-		// not come to clean up after itself.
+		// A shim that is told to end (SIGTERM) takes its machine with it.
 		if p, err := s.sandbox(""); err == nil {
-			return errors.Join(p.stop(ctx), os.RemoveAll(p.left.RunDir))
+			return p.stop(ctx)
 		}
 		return nil
 	})
