@@ -401,8 +401,11 @@ func TestCertificatesOfOthers(t *testing.T) {
 			RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: role},
 		}
 	}
+	// A tenant's role when a User is in the binding, and its request's name not in the role yet.
+	renewer := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: "csr-renewer"}, Rules: tenancy.RenewalRole("x", []string{"y"}).Rules}
 	for _, obj := range []client.Object{
-		keeper,
+		keeper, renewer,
+		bind("csr-renewer", renewer.Name, rbacv1.Subject{Kind: rbacv1.UserKind, Name: "csr-renewer"}),
 		bind("csr-keeper", keeper.Name, rbacv1.Subject{Kind: rbacv1.UserKind, Name: "csr-keeper"}),
 		bind("csr-bootstrap", "system:node-bootstrapper", rbacv1.Subject{Kind: rbacv1.GroupKind, Name: "system:bootstrappers"}),
 	} {
@@ -439,6 +442,16 @@ func TestCertificatesOfOthers(t *testing.T) {
 			wantRefusal(t, c.Create(ctx, anns, client.DryRunAll), "for yourself only")
 		})
 	}
+	t.Run("a User half bound", func(t *testing.T) {
+		eventually(t, func() error {
+			err := as(t, "csr-renewer").Create(ctx, csr.DeepCopy(), client.DryRunAll)
+			if err == nil || strings.Contains(err.Error(), "cannot create resource") {
+				return fmt.Errorf("not refused by the policy: %w", err)
+			}
+			wantRefusal(t, err, "for yourself only")
+			return nil
+		})
+	})
 }
 
 // Somebody who has the controller's token makes no certificates of components with it.

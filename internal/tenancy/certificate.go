@@ -101,9 +101,14 @@ func CheckRenewal(csr *certificatesv1.CertificateSigningRequest, user *v1alpha1.
 // tenant lists renew their certificates.
 func RenewalName(tenant string) string { return "h8s:tenant:" + tenant + ":renewal" }
 
+// verbRenew is no verb of the API: it marks whose right to make requests is for renewals only
+// (deploy/h8s/templates/policies/certificate.yaml).
+const verbRenew = "renew"
+
 // RenewalRole lets the tenant's Users make the requests that renew their certificates, and
-// read and delete these only. That each makes and deletes none but its own is an admission
-// policy's, because RBAC knows no "own"; it finds whom it concerns by the right to delete.
+// read and delete these only. That each makes and deletes none but its own is the admission
+// policies', because RBAC knows no "own". They find whom they concern by verbRenew, which
+// comes and goes with the right to make requests.
 //
 // It is one role for all of a tenant's Users, since the API server looks through all
 // ClusterRoleBindings of a cluster at each request.
@@ -116,7 +121,7 @@ func RenewalRole(tenant string, users []string) rbacv1.ClusterRole {
 	return rbacv1.ClusterRole{
 		ObjectMeta: metav1.ObjectMeta{Name: RenewalName(tenant), Labels: ObjectLabels(tenant)},
 		Rules: []rbacv1.PolicyRule{
-			{APIGroups: []string{certificatesv1.GroupName}, Resources: []string{"certificatesigningrequests"}, Verbs: []string{"create"}},
+			{APIGroups: []string{certificatesv1.GroupName}, Resources: []string{"certificatesigningrequests"}, Verbs: []string{"create", verbRenew}},
 			{
 				APIGroups: []string{certificatesv1.GroupName}, Resources: []string{"certificatesigningrequests"},
 				ResourceNames: requests, Verbs: []string{"get", "delete"},

@@ -525,7 +525,7 @@ func testRules(t *testing.T, acme, globex tenant) {
 		return slices.Compact(lines)
 	}
 	want := []string{
-		"create certificatesigningrequests.certificates.k8s.io", // admission leaves her own renewal
+		"create,renew certificatesigningrequests.certificates.k8s.io", // admission leaves her own renewal
 		"create namespaces.",
 		"create selfsubjectaccessreviews.authorization.k8s.io",
 		"create selfsubjectreviews.authentication.k8s.io",
