@@ -1,13 +1,17 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestHyperCrowd starts as many virtual machines at once as a node of this size may have
@@ -82,10 +86,13 @@ func TestHyperCrowd(t *testing.T) {
 	t.Logf("gone after %.0fs", time.Since(begin).Seconds())
 }
 
-// memory is a process's share of the machine's memory, in KiB.
+// memory is a process's share of the machine's memory, in KiB; nothing if it has ended.
 func (p process) memory(t testing.TB) int {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", p.pid))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return 0
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
