@@ -32,6 +32,7 @@ func badRequest(format string, args ...any) error {
 // guest is what the control service works on.
 type guest struct {
 	events     *eventLog
+	links      *links
 	disks      *disks
 	containers *containers
 	volumes    *volumes
@@ -68,7 +69,7 @@ func (g *guest) handler() http.Handler {
 		if err != nil {
 			return err
 		}
-		return applySetup(r.Context(), setup)
+		return g.setUp(r.Context(), setup)
 	})
 	handle("PUT /v1/disks/{serial}", func(r *http.Request) error {
 		disk, err := decode[guestapi.Disk](r)

@@ -55,8 +55,13 @@ func Run() error {
 	if err != nil {
 		return err
 	}
+	links, err := raiseLinks()
+	if err != nil {
+		return fmt.Errorf("network cards: %w", err)
+	}
 	g := &guest{
 		events:     events,
+		links:      links,
 		disks:      newDisks(guestapi.DiskDir, devices),
 		containers: newContainers(guestapi.BundleDir, guestapi.DiskDir, memory/2),
 		volumes:    newVolumes(guestapi.VolumeDir, memory/2),

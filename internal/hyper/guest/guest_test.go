@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -237,7 +238,7 @@ func TestLink(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { ns.Close() })
-	// A veth stands for a card: chooseLink is told so below.
+	// A veth stands for a card, which it is not taken for.
 	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "card"}, PeerName: "peer"}); err != nil {
 		t.Fatal(err)
 	}
@@ -250,6 +251,22 @@ func TestLink(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// As at boot. Nothing may be said before the link has its own address.
+	card, err := netlink.LinkByName("card")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := raiseLinks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.cards = []netlink.Link{card}
+	if err := l.raise(card); err != nil {
+		t.Fatal(err)
+	}
+	if none, err := netlink.AddrList(card, netlink.FAMILY_ALL); err != nil || len(none) > 0 {
+		t.Errorf("addresses of the raised card: %v (%v)", none, err)
+	}
 	want := guestapi.Link{
 		Name: "eth0", HardwareAddr: "02:00:00:00:00:17", MTU: 1400,
 		Addresses: []netip.Prefix{netip.MustParsePrefix("10.1.2.3/32"), netip.MustParsePrefix("fd00::3/128")},
@@ -261,18 +278,11 @@ func TestLink(t *testing.T) {
 		Neighbours: []guestapi.Neighbour{{Address: netip.MustParseAddr("169.254.1.1"), HardwareAddr: "02:00:00:00:00:01"}},
 	}
 	for range 2 {
-		card, err := netlink.LinkByName("card")
-		if err != nil {
-			if card, err = netlink.LinkByName("eth0"); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := configureLink(card, want); err != nil {
+		if err := l.setUp(t.Context(), want); err != nil {
 			t.Fatal(err)
 		}
 	}
-	card, err := netlink.LinkByName("eth0")
-	if err != nil {
+	if card, err = netlink.LinkByName("eth0"); err != nil {
 		t.Fatal(err)
 	}
 	a := card.Attrs()
@@ -282,6 +292,17 @@ func TestLink(t *testing.T) {
 	addresses, err := netlink.AddrList(card, netlink.FAMILY_V4)
 	if err != nil || len(addresses) != 1 || addresses[0].IPNet.String() != "10.1.2.3/32" {
 		t.Errorf("addresses: %v (%v)", addresses, err)
+	}
+	// What it gives itself is of its own hardware address.
+	own := []string{"fd00::3/128", "fe80::ff:fe00:17/64"}
+	sixes, err := netlink.AddrList(card, netlink.FAMILY_V6)
+	if err != nil || len(sixes) != len(own) {
+		t.Errorf("addresses: %v (%v), want %v", sixes, err, own)
+	}
+	for _, six := range sixes {
+		if !slices.Contains(own, six.IPNet.String()) {
+			t.Errorf("address %s, want those of %v", six.IPNet, own)
+		}
 	}
 	for destination, gateway := range map[string]string{"10.9.1.1": "10.1.2.1", "8.8.8.8": "169.254.1.1"} {
 		routes, err := netlink.RouteGet(net.ParseIP(destination))

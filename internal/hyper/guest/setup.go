@@ -21,8 +21,8 @@ import (
 
 var validMachineID = regexp.MustCompile(`^[0-9a-f]+$`)
 
-// applySetup makes the guest this pod's. It is idempotent.
-func applySetup(ctx context.Context, s guestapi.Setup) error {
+// setUp makes the guest this pod's. It is idempotent.
+func (g *guest) setUp(ctx context.Context, s guestapi.Setup) error {
 	// First, so that nothing is drawn that another clone draws too.
 	if err := addEntropy(s.Entropy); err != nil {
 		return fmt.Errorf("entropy: %w", err)
@@ -44,14 +44,15 @@ func applySetup(ctx context.Context, s guestapi.Setup) error {
 			return err
 		}
 	}
+	for _, l := range s.Links {
+		if err := g.links.setUp(ctx, l); err != nil {
+			return fmt.Errorf("link %s: %w", l.Name, err)
+		}
+	}
+	// After the links: net.ipv6.conf.all.disable_ipv6=0 would make a clone's speak as the template's.
 	for name, value := range s.Sysctls {
 		if err := setSysctl("/proc/sys", name, value); err != nil {
 			return err
-		}
-	}
-	for _, l := range s.Links {
-		if err := setUpLink(ctx, l); err != nil {
-			return fmt.Errorf("link %s: %w", l.Name, err)
 		}
 	}
 	return nil

@@ -74,7 +74,7 @@ type Setup struct {
 
 // Link is one interface, found in the guest by its hardware address, or, in a clone
 // whose card still has the template's, by being the only card: then the address is
-// set.
+// set, before the link can send anything. It has IPv6 if it has an address of it.
 type Link struct {
 	Name         string         `json:"name"`
 	HardwareAddr string         `json:"hardwareAddr"`

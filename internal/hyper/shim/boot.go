@@ -166,8 +166,9 @@ func (c Config) templates() vm.Templates {
 	return vm.Templates{
 		Dir: filepath.Join(c.CacheDir, "templates"),
 		// What is ready to be cloned is a guest that has once done what each clone does
-		// first: its clones find the memory for that in the template. It gets no link, as it
-		// would speak on it in each clone before that has its own address.
+		// first: its clones find the memory for that in the template. Its link is up, which
+		// package guest sees to, but gets no address: it would speak on it in each clone
+		// before that has an address of its own.
 		Ready: func(ctx context.Context, rw io.ReadWriteCloser) error {
 			host, err := channel.NewHost(rw)
 			if err != nil {
