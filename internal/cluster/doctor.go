@@ -9,6 +9,10 @@ import (
 	"strings"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+
 	"h8s.io/hypernetes/internal/hyper/accel"
 	"h8s.io/hypernetes/internal/hyper/install"
 )
@@ -198,7 +202,7 @@ func (c *Config) diagnose(ctx context.Context) []Check {
 	if err != nil {
 		return []Check{{name, CheckFail, err.Error(), "read the logs in " + c.state().path("nodes")}}
 	}
-	checks := []Check{passed(name, fmt.Sprintf("%d nodes ready", len(c.Nodes)))}
+	checks := []Check{passed(name, fmt.Sprintf("%d nodes ready", len(c.Nodes))), c.diagnoseTaints(ctx, client)}
 	checks = append(checks, c.diagnoseAccelerators())
 	leftovers, err := c.portalLeftovers(ctx)
 	switch {
@@ -221,6 +225,37 @@ func (c *Config) diagnose(ctx context.Context) []Check {
 		machines.Fix = "nothing, if its pod ended a moment ago; else nobody uses it: end the processes, remove the directories, cgroups and files"
 	}
 	return append(checks, machines)
+}
+
+// diagnoseTaints says which nodes are Ready and take no new pods all the same: pods that wait
+// for one say less.
+func (c *Config) diagnoseTaints(ctx context.Context, client kubernetes.Interface) Check {
+	name := "cluster " + c.Name + " taints"
+	list, err := client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return Check{name, CheckFail, err.Error(), ""}
+	}
+	if closed := closedNodes(list.Items); len(closed) > 0 {
+		return Check{name, CheckWarn, strings.Join(closed, "; "), "a node that is short of something takes pods again seconds after it is not: give it some; `kubectl uncordon NODE` if somebody closed it"}
+	}
+	return passed(name, "every node takes pods")
+}
+
+// closedNodes are those with taints that keep pods away, and which.
+func closedNodes(nodes []corev1.Node) []string {
+	var closed []string
+	for _, n := range nodes {
+		var taints []string
+		for _, t := range n.Spec.Taints {
+			if t.Effect != corev1.TaintEffectPreferNoSchedule {
+				taints = append(taints, t.Key)
+			}
+		}
+		if len(taints) > 0 {
+			closed = append(closed, fmt.Sprintf("node %s takes no pods (%s)", n.Name, strings.Join(taints, ", ")))
+		}
+	}
+	return closed
 }
 
 // diagnoseAccelerators says what executes the virtual machines of each node.

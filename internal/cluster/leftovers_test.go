@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -211,6 +212,20 @@ func TestDiagnoseAgentLeftovers(t *testing.T) {
 	check(used, CheckOK, "its agent runs")
 	lock.Close()
 	check(used, CheckFail, "no agent runs")
+}
+
+func TestClosedNodes(t *testing.T) {
+	node := func(name string, taints ...corev1.Taint) corev1.Node {
+		return corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{Taints: taints}}
+	}
+	got := closedNodes([]corev1.Node{
+		node("open"),
+		node("better-not", corev1.Taint{Key: "busy", Effect: corev1.TaintEffectPreferNoSchedule}),
+		node("short", corev1.Taint{Key: "node.kubernetes.io/memory-pressure", Effect: corev1.TaintEffectNoSchedule}),
+	})
+	if diff := cmp.Diff([]string{"node short takes no pods (node.kubernetes.io/memory-pressure)"}, got); diff != "" {
+		t.Error(diff)
+	}
 }
 
 // The doctor changes nothing on the machine, and this machine can run a cluster:
