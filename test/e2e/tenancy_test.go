@@ -525,11 +525,11 @@ func testRules(t *testing.T, acme, globex tenant) {
 		return slices.Compact(lines)
 	}
 	want := []string{
-		"create,renew certificatesigningrequests.certificates.k8s.io", // admission leaves her own renewal
 		"create namespaces.",
 		"create selfsubjectaccessreviews.authorization.k8s.io",
 		"create selfsubjectreviews.authentication.k8s.io",
 		"create selfsubjectrulesreviews.authorization.k8s.io",
+		"create,renew certificatesigningrequests.certificates.k8s.io", // admission leaves her own renewal
 		"delete,get certificatesigningrequests.certificates.k8s.io h8s:user:" + acme.owner,
 		"get,list,watch namespaces. " + acme.ns,
 		"get,list,watch networks.h8s.io " + acme.name,
