@@ -10,8 +10,6 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
 
 	"h8s.io/hypernetes/internal/hyper/accel"
 	"h8s.io/hypernetes/internal/hyper/install"
@@ -195,14 +193,15 @@ func (c *Config) diagnose(ctx context.Context) []Check {
 	if !running {
 		return []Check{{name, CheckWarn, "not running", fmt.Sprintf("`h8s up --name %s` starts it again, `h8s down --name %s` removes it", c.Name, c.Name)}}
 	}
+	var nodes []corev1.Node
 	client, err := c.client()
 	if err == nil {
-		err = c.nodesReady(ctx, client)
+		nodes, err = c.readyNodes(ctx, client)
 	}
 	if err != nil {
 		return []Check{{name, CheckFail, err.Error(), "read the logs in " + c.state().path("nodes")}}
 	}
-	checks := []Check{passed(name, fmt.Sprintf("%d nodes ready", len(c.Nodes))), c.diagnoseTaints(ctx, client)}
+	checks := []Check{passed(name, fmt.Sprintf("%d nodes ready", len(c.Nodes))), c.diagnoseTaints(nodes)}
 	checks = append(checks, c.diagnoseAccelerators())
 	leftovers, err := c.portalLeftovers(ctx)
 	switch {
@@ -229,13 +228,9 @@ func (c *Config) diagnose(ctx context.Context) []Check {
 
 // diagnoseTaints says which nodes are Ready and take no new pods all the same: pods that wait
 // for one say less.
-func (c *Config) diagnoseTaints(ctx context.Context, client kubernetes.Interface) Check {
+func (c *Config) diagnoseTaints(nodes []corev1.Node) Check {
 	name := "cluster " + c.Name + " taints"
-	list, err := client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
-	if err != nil {
-		return Check{name, CheckFail, err.Error(), ""}
-	}
-	if closed := closedNodes(list.Items); len(closed) > 0 {
+	if closed := closedNodes(nodes); len(closed) > 0 {
 		return Check{name, CheckWarn, strings.Join(closed, "; "), "a node that is short of something takes pods again seconds after it is not: give it some; `kubectl uncordon NODE` if somebody closed it"}
 	}
 	return passed(name, "every node takes pods")

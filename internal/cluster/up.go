@@ -528,11 +528,17 @@ func nodePatch(n Node, controlPlane bool) map[string]any {
 
 // nodesReady says which of the cluster's nodes is not Ready, if any.
 func (c *Config) nodesReady(ctx context.Context, client kubernetes.Interface) error {
+	_, err := c.readyNodes(ctx, client)
+	return err
+}
+
+// readyNodes are the nodes, all of the cluster's Ready among them.
+func (c *Config) readyNodes(ctx context.Context, client kubernetes.Interface) ([]corev1.Node, error) {
 	list, err := client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return c.allReady(list.Items)
+	return list.Items, c.allReady(list.Items)
 }
 
 func (c *Config) allReady(nodes []corev1.Node) error {

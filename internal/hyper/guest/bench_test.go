@@ -4,10 +4,8 @@ package guest_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"testing"
@@ -17,7 +15,6 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"h8s.io/hypernetes/internal/hyper/channel"
 	"h8s.io/hypernetes/internal/hyper/guestapi"
 	"h8s.io/hypernetes/internal/hyper/vm"
 )
@@ -27,19 +24,7 @@ import (
 // Of all runs it reports the least: what others do on the machine only adds to that.
 func BenchmarkContainer(b *testing.B) {
 	c := config(b, 512<<20)
-	template := filepath.Join(b.TempDir(), "template")
-	err := vm.SaveTemplate(b.Context(), c, template, func(ctx context.Context, rw io.ReadWriteCloser) error {
-		host, err := channel.NewHost(rw)
-		if err != nil {
-			return err
-		}
-		_, err = host.Open(ctx, channel.Task, "")
-		return err
-	})
-	if err != nil {
-		b.Fatal(err)
-	}
-	c.Template = template
+	c.Template = saveTemplate(b, c)
 	layer := busyboxLayer(b)
 	took := map[string]duration{}
 	for b.Loop() {

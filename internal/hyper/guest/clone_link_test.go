@@ -4,15 +4,12 @@ package guest_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -22,7 +19,6 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"h8s.io/hypernetes/internal/hyper/channel"
 	"h8s.io/hypernetes/internal/hyper/guestapi"
 	"h8s.io/hypernetes/internal/hyper/tap"
 	"h8s.io/hypernetes/internal/hyper/vm"
@@ -101,19 +97,8 @@ func TestLinkOfClone(t *testing.T) {
 // saveWithCard saves a template of a machine that has a network card.
 func saveWithCard(t testing.TB, c vm.Config) (dir string) {
 	t.Helper()
-	dir = filepath.Join(t.TempDir(), "template")
 	c.NIC = &vm.NIC{}
-	err := vm.SaveTemplate(t.Context(), c, dir, func(ctx context.Context, rw io.ReadWriteCloser) error {
-		host, err := channel.NewHost(rw)
-		if err == nil {
-			_, err = host.Open(ctx, channel.Task, "")
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return dir
+	return saveTemplate(t, c)
 }
 
 // sixes is how many addresses of eth0 are in if_inet6 of proc(5).

@@ -562,22 +562,7 @@ func TestClonesDraw(t *testing.T) {
 // TestClone saves a guest that waits, and runs a container in a clone of it.
 func TestClone(t *testing.T) {
 	c := config(t, 256<<20)
-	template := filepath.Join(t.TempDir(), "template")
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-	defer cancel()
-	err := vm.SaveTemplate(ctx, c, template, func(ctx context.Context, rw io.ReadWriteCloser) error {
-		host, err := channel.NewHost(rw)
-		if err != nil {
-			return err
-		}
-		// A stream that stays open, as a host would leave one that dies.
-		_, err = host.Open(ctx, channel.Task, "")
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.Template = template
+	c.Template = saveTemplate(t, c)
 	m := start(t, c)
 	now := time.Now()
 	m.must("POST", "/v1/setup", guestapi.Setup{Hostname: "clone", Time: now, Entropy: bytes.Repeat([]byte{1}, 32)})
@@ -637,4 +622,24 @@ func TestDisks(t *testing.T) {
 	plugged := time.Since(began)
 	m.must("PUT", "/v1/disks/never", guestapi.Disk{FileSystem: "erofs", ReadOnly: true})
 	t.Logf("one disk: plugged in after %v, mounted after %v", plugged.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+}
+
+// saveTemplate saves a machine of that kind when its guest has answered once. A stream
+// stays open, as a host would leave one that dies.
+func saveTemplate(t testing.TB, c vm.Config) (dir string) {
+	t.Helper()
+	dir = filepath.Join(t.TempDir(), "template")
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	err := vm.SaveTemplate(ctx, c, dir, func(ctx context.Context, rw io.ReadWriteCloser) error {
+		host, err := channel.NewHost(rw)
+		if err == nil {
+			_, err = host.Open(ctx, channel.Task, "")
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
