@@ -253,11 +253,13 @@ func once(f func()) func() {
 	}
 }
 
-// waitsBecause asserts that a pod has no address and that an event of it says why.
+// waitsBecause asserts that a pod has no address and that an event of it says why. Of which
+// reason it is depends on what the kubelet asks first: for the pod's sandbox
+// (FailedCreatePodSandBox), or whether the network is ready at all (NetworkNotReady).
 func (tn tenant) waitsBecause(t testing.TB, pod, why string) {
 	t.Helper()
 	eventually(t, func() error {
-		out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector=involvedObject.name="+pod+",reason=FailedCreatePodSandBox", "-o", "jsonpath={.items[*].message}")
+		out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector=involvedObject.name="+pod+",type=Warning", "-o", "jsonpath={.items[*].message}")
 		if err != nil || !strings.Contains(out, why) {
 			return fmt.Errorf("no event of pod %s says %q: %q, %w", pod, why, out, err)
 		}
