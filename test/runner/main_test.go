@@ -4,7 +4,10 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"reflect"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -85,6 +88,57 @@ func TestRunAll(t *testing.T) {
 			ctx, stop := signal.NotifyContext(t.Context(), os.Interrupt)
 			defer stop()
 			if got := runAll(ctx, c.suites, c.only); !reflect.DeepEqual(got, c.want) {
+				t.Errorf("runAll() = %+v, want %+v", got, c.want)
+			}
+		})
+	}
+}
+
+// TestAgain: only lateness gets a second attempt, and only one.
+func TestAgain(t *testing.T) {
+	script := func(first, second string) suite {
+		say := func(event string) string {
+			return `{"Action":"run","Package":"p","Test":"TestA/b"}` + "\n" + event + "\n"
+		}
+		failed := func(said string) string {
+			return say(`{"Action":"output","Package":"p","Test":"TestA/b","Output":"    a_test.go:7: ` + said + `\n"}` + "\n" + `{"Action":"fail","Package":"p","Test":"TestA/b"}`)
+		}
+		events := map[string]string{"": say(`{"Action":"pass","Package":"p","Test":"TestA/b"}`)}
+		dir := t.TempDir()
+		for i, said := range []string{first, second} {
+			content, ok := events[said]
+			if !ok {
+				content = failed(said)
+			}
+			if err := os.WriteFile(filepath.Join(dir, strconv.Itoa(i)), []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// go, as the runner starts it; the second attempt is the one that has a -run.
+		fake := `#!/bin/sh
+case "$*" in *'-run=^(TestA)$'*) cat ` + dir + `/1 ;; *-run*) exit 3 ;; *) cat ` + dir + `/0 ;; esac
+`
+		if err := os.WriteFile(filepath.Join(dir, "go"), []byte(fake), 0o700); err != nil { //nolint:gosec // it is to be executed
+			t.Fatal(err)
+		}
+		t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+		return suite{name: "s", argv: []string{"go", "test", "./..."}, goes: true, late: regexp.MustCompile("still after")}
+	}
+	const late, wrong = "still after 4m0s: no pod", "the secret was read"
+	cases := map[string]struct {
+		first, second string
+		want          totals
+	}{
+		"it passes":                {first: "", second: wrong, want: totals{passed: 1}},
+		"late, then it passes":     {first: late, second: "", want: totals{passed: 1, flaky: []string{"TestA/b: a_test.go:7: " + late}}},
+		"late twice":               {first: late, second: late, want: totals{failed: 1, failures: []string{"TestA/b: a_test.go:7: " + late}}},
+		"wrong is not forgiven":    {first: wrong, second: "", want: totals{failed: 1, failures: []string{"TestA/b: a_test.go:7: " + wrong}}},
+		"late, and wrong after it": {first: late, second: wrong, want: totals{failed: 1, failures: []string{"TestA/b: a_test.go:7: " + wrong}}},
+	}
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			t.Chdir(t.TempDir()) // where the logs go
+			if got := runAll(t.Context(), []suite{script(c.first, c.second)}, ""); !reflect.DeepEqual(got, c.want) {
 				t.Errorf("runAll() = %+v, want %+v", got, c.want)
 			}
 		})
