@@ -38,6 +38,25 @@ type QuotaLedgerSpec struct {
 	// Reservations are of objects that were admitted and may not exist yet.
 	// +listType=atomic
 	Reservations []QuotaReservation `json:"reservations,omitempty"`
+	// Holds are what controllers may grant without writing the ledger first.
+	// +listType=atomic
+	Holds []QuotaHold `json:"holds,omitempty"`
+}
+
+// QuotaHold is a part of the quota that counts as used, because one controller grants
+// it to creations at once and enters them as reservations a moment later.
+type QuotaHold struct {
+	// Holder is the controller's process. Nobody else grants from the hold.
+	Holder string `json:"holder"`
+	// Resource that is created, as in "pods".
+	Resource string `json:"resource"`
+	// Usage is the most that was granted and is not entered.
+	Usage corev1.ResourceList `json:"usage"`
+	// Until when the hold counts. The holder stops early enough for all that it has
+	// granted to be written, or given up, by then.
+	Until metav1.Time `json:"until"`
+	// Recalled asks the holder to enter what it has granted and give back the rest.
+	Recalled bool `json:"recalled,omitempty"`
 }
 
 // QuotaReservation is what one object takes of the quota while it is being written.

@@ -14,6 +14,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/resourceversion"
+	"k8s.io/apimachinery/pkg/util/uuid"
 	"k8s.io/client-go/rest"
 	"k8s.io/utils/clock"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -32,28 +33,37 @@ const (
 	// commitTimeout bounds one group of claims, under the webhook's own timeout of
 	// five seconds (deploy/h8s/templates/webhooks.yaml): clients read why.
 	commitTimeout = 4 * time.Second
+	// enterAfter is how long what was granted from a hold may wait to be written into the
+	// ledger, together with what comes meanwhile.
+	enterAfter = time.Second
 	// sweepInterval is how often Tenants' status.quota is brought up to date, and
 	// ledgers are looked through for reservations whose time is over.
 	sweepInterval = 5 * time.Second
 )
 
 // accounts keeps the quotas of tenants, together with those of the other replicas.
-// Claims on one tenant that come while its ledger is being written wait and are
-// written together, so that a crowd costs hardly more writes than one.
+// Most creations are granted at once, from what this replica holds in the tenant's
+// ledger. Claims that cannot be, and those that come while the ledger is being
+// written, wait and are written together: a crowd costs hardly more writes than one.
 type accounts struct {
+	// holder is this process in ledgers.
+	holder string
 	cached client.Reader
 	// direct asks the API server, and does not wait for the reconcilers' rate limit.
-	direct client.Client
+	direct client.WithWatch
 	view   *quota.View
 	feeds  *feeds
 	clock  clock.PassiveClock
 	// timeout of one group of claims.
 	timeout time.Duration
+	// delay is how long what was granted from a hold may wait to be entered.
+	delay time.Duration
 	// changed tells the tenant reconciler which Tenants to look at again.
 	changed chan event.GenericEvent
 
-	mu    sync.Mutex
-	lines map[string]*line
+	mu     sync.Mutex
+	lines  map[string]*line
+	closed bool
 }
 
 // line is the claims on one tenant, in this process.
@@ -63,6 +73,13 @@ type line struct {
 	// ledger is as it was last read or written here, nil if that is not known.
 	// Only who has set busy may touch it.
 	ledger *v1alpha1.QuotaLedger
+	// escrow belongs to who has set busy, and to nobody but under the lock while it is not.
+	escrow *quota.Escrow
+	// due says that the ledger is to be looked at without a claim, and planned that it will
+	// be due; stale that somebody has written it.
+	due, planned, stale bool
+	// tenant is the latest that claims came with.
+	tenant *v1alpha1.Tenant
 }
 
 type pending struct {
@@ -78,7 +95,7 @@ func (p *pending) abandoned() bool { return p.ctx.Err() != nil }
 func newAccounts(config *rest.Config, cached client.Client) (*accounts, error) {
 	config = rest.CopyConfig(config)
 	config.QPS = -1
-	direct, err := client.New(config, client.Options{Scheme: cached.Scheme(), Mapper: cached.RESTMapper()})
+	direct, err := client.NewWithWatch(config, client.Options{Scheme: cached.Scheme(), Mapper: cached.RESTMapper()})
 	if err != nil {
 		return nil, fmt.Errorf("make a client of quotas: %w", err)
 	}
@@ -88,7 +105,7 @@ func newAccounts(config *rest.Config, cached client.Client) (*accounts, error) {
 		return nil, err
 	}
 	return &accounts{
-		cached: cached, direct: direct, view: view, feeds: feeds, clock: clock.RealClock{}, timeout: commitTimeout,
+		holder: string(uuid.NewUUID()), cached: cached, direct: direct, view: view, feeds: feeds, clock: clock.RealClock{}, timeout: commitTimeout, delay: enterAfter,
 		changed: make(chan event.GenericEvent), lines: map[string]*line{},
 	}, nil
 }
@@ -103,8 +120,13 @@ func (a *accounts) reserve(ctx context.Context, t *v1alpha1.Tenant, claim quota.
 	a.mu.Lock()
 	l := a.lines[t.Name]
 	if l == nil {
-		l = &line{}
+		l = &line{escrow: quota.NewEscrow(a.holder)}
 		a.lines[t.Name] = l
+	}
+	if !l.busy && !a.closed && l.tenant != nil && l.tenant.UID == t.UID && l.escrow.Take(claim, t.Generation, a.clock.Now().Add(claimTTL)) {
+		a.plan(ctx, l)
+		a.mu.Unlock()
+		return nil
 	}
 	l.waiting = append(l.waiting, p)
 	turn := !l.busy
@@ -124,19 +146,59 @@ func (a *accounts) reserve(ctx context.Context, t *v1alpha1.Tenant, claim quota.
 	return fmt.Errorf("wait for the quota of the Tenant %s, try again: %w", t.Name, ctx.Err())
 }
 
-// serve answers groups of claims until none is left.
+// plan has the ledger written in a moment. It is called under the lock.
+func (a *accounts) plan(ctx context.Context, l *line) {
+	if l.planned {
+		return
+	}
+	l.planned = true
+	time.AfterFunc(a.delay, func() {
+		a.mu.Lock()
+		l.planned = false
+		a.mu.Unlock()
+		a.enter(context.WithoutCancel(ctx), l, false)
+	})
+}
+
+// enter has the ledger written now, if that is due, and returns when it is, or somebody
+// else does it.
+func (a *accounts) enter(ctx context.Context, l *line, stale bool) {
+	a.mu.Lock()
+	l.due, l.stale = true, l.stale || stale
+	turn := !l.busy
+	l.busy = true
+	a.mu.Unlock()
+	if turn {
+		a.serve(ctx, l)
+	}
+}
+
+// serve answers groups of claims until none is left, and writes the ledger if it is due.
 func (a *accounts) serve(ctx context.Context, l *line) {
 	for {
 		a.mu.Lock()
 		group := slices.DeleteFunc(l.waiting, (*pending).abandoned)
 		l.waiting = nil
-		if len(group) == 0 {
+		if len(group) == 0 && !l.due {
 			l.busy = false
+			if l.escrow.Owes() { // the last attempt has failed
+				a.plan(ctx, l)
+			}
 			a.mu.Unlock()
 			return
 		}
+		if l.stale {
+			l.ledger = nil
+		}
+		if a.closed {
+			l.escrow.Close()
+		}
+		l.due, l.stale = false, false
 		a.mu.Unlock()
 		errs, err := a.commit(ctx, l, group)
+		if err != nil && len(group) == 0 {
+			log.FromContext(ctx).Error(err, "enter what was granted into the ledger of a quota; tried again in a moment")
+		}
 		for i, p := range group {
 			if err != nil {
 				p.answer <- err
@@ -152,7 +214,10 @@ func (a *accounts) serve(ctx context.Context, l *line) {
 func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]error, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.timeout)
 	defer cancel()
-	tenant := group[0].tenant
+	tenant := l.tenant
+	if len(group) > 0 {
+		tenant = group[0].tenant
+	}
 	claims := make([]quota.Claim, len(group))
 	for _, p := range group {
 		// Not by generation: a Tenant made anew begins with 1.
@@ -160,14 +225,27 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 			tenant = p.tenant
 		}
 	}
+	if tenant == nil {
+		return nil, nil
+	}
+	a.mu.Lock()
+	l.tenant = tenant
+	a.mu.Unlock()
 	if l.ledger != nil && !metav1.IsControlledBy(l.ledger, tenant) {
 		l.ledger = nil // of an earlier Tenant of that name
 	}
+	var recalled time.Time // when the others were asked for what they hold
 	for {
 		fresh := l.ledger == nil
 		if fresh {
 			var err error
-			if l.ledger, err = a.ledger(ctx, tenant); err != nil {
+			if len(group) > 0 {
+				l.ledger, err = a.ledger(ctx, tenant)
+			} else if l.ledger, err = a.lookUp(ctx, tenant); l.ledger == nil && err == nil {
+				l.escrow.Gone(a.clock.Now())
+				return nil, nil
+			}
+			if err != nil {
 				return nil, err
 			}
 		}
@@ -178,13 +256,16 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 		next := l.ledger.DeepCopy()
 		adopt(next, tenant)
 		moved := a.view.Moved()
-		d := a.view.Decide(tenant.Name, &next.Spec, claims, a.clock.Now().Add(claimTTL))
+		d := a.view.Decide(tenant.Name, &next.Spec, claims, a.clock.Now().Add(claimTTL), l.escrow)
 		refused := false
 		behind := false
+		held := false
 		for _, err := range d.Errs {
 			refused = refused || err != nil
 			behind = behind || errors.Is(err, quota.ErrBehind)
+			held = held || errors.Is(err, quota.ErrHeld)
 		}
+		waited := !recalled.IsZero() && a.clock.Since(recalled) > recallTimeout
 		switch {
 		case behind:
 			// Another replica has seen more than this one. It comes.
@@ -194,17 +275,27 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 			case <-ctx.Done():
 				return nil, fmt.Errorf("the quota of the Tenant %s: %w", tenant.Name, quota.ErrBehind)
 			}
-		case d.Reserved:
+		case held && !waited:
+			if recalled.IsZero() {
+				recalled = a.clock.Now()
+			}
+			if err := a.recall(ctx, l); err != nil {
+				return nil, err
+			}
+			continue
+		case d.Reserved, l.escrow.Due(&l.ledger.Spec):
 			err := a.direct.Update(ctx, next)
 			switch {
 			case err == nil:
 				l.ledger = next
+				l.escrow.Written(&next.Spec)
 				return d.Errs, nil
 			case apierrors.IsConflict(err), apierrors.IsNotFound(err):
 				l.ledger = nil
 				continue
 			}
 			l.ledger = nil
+			l.escrow.Lost()
 			return nil, fmt.Errorf("write the quota of the Tenant %s, try again: %w", tenant.Name, err)
 		case refused && !fresh:
 			l.ledger = nil
@@ -212,6 +303,19 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 		}
 		return d.Errs, nil
 	}
+}
+
+// lookUp reads the tenant's ledger; nil if there is none.
+func (a *accounts) lookUp(ctx context.Context, t *v1alpha1.Tenant) (*v1alpha1.QuotaLedger, error) {
+	var l v1alpha1.QuotaLedger
+	err := a.direct.Get(ctx, client.ObjectKey{Name: t.Name}, &l)
+	switch {
+	case apierrors.IsNotFound(err), err == nil && !metav1.IsControlledBy(&l, t):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("get the QuotaLedger %s: %w", t.Name, err)
+	}
+	return &l, nil
 }
 
 // ledger reads the tenant's ledger, and makes it if there is none.
@@ -394,15 +498,22 @@ func (a *accounts) forget(tenants []v1alpha1.Tenant) {
 	maps.DeleteFunc(a.lines, func(name string, l *line) bool { return !exist[name] && !l.busy })
 }
 
-// settle drops the reservations that are seen, and those that were never written, if
-// the time of one is over. Not before: until then they do no harm, the next claim
-// drops what is seen, and it should find the ledger as it has left it.
+// settle drops the reservations that are seen, and those that were never written, and
+// ends the holds of the dead, if the time of one is over. Not before: until then they do
+// no harm, the next claim drops what is seen, and it should find the ledger as it has left it.
 func (a *accounts) settle(ctx context.Context, tenant string, l *v1alpha1.QuotaLedger) error {
-	overdue := quota.Overdue(&l.Spec, a.clock.Now())
-	if len(overdue) == 0 {
+	overdue, holds := quota.Overdue(&l.Spec, a.clock.Now()), quota.OverdueHolds(&l.Spec, a.clock.Now())
+	if len(overdue)+len(holds) == 0 {
 		return nil
 	}
 	before := l.DeepCopy()
+	for _, h := range holds {
+		newest, err := a.newest(ctx, tenant, h.Resource)
+		if err != nil {
+			return err
+		}
+		quota.LapseHold(&l.Spec, h, newest)
+	}
 	for _, r := range overdue {
 		revision, err := a.exists(ctx, tenant, r)
 		if err != nil {

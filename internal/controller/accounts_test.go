@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -36,12 +37,23 @@ func accountsWith(t *testing.T, config *rest.Config) *accounts {
 		t.Fatal(err)
 	}
 	a.timeout = patience
+	a.clock = &shiftedClock{}
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { _ = a.feeds.Start(ctx) })
+	running.Go(func() { _ = recalls{a}.Start(ctx) })
 	t.Cleanup(func() { cancel(); running.Wait() })
 	return a
 }
+
+// shiftedClock goes right, and can be put forward while others look at it.
+type shiftedClock struct{ by atomic.Int64 }
+
+func (c *shiftedClock) Now() time.Time                  { return time.Now().Add(time.Duration(c.by.Load())) }
+func (c *shiftedClock) Since(t time.Time) time.Duration { return c.Now().Sub(t) }
+
+// putForward lets time pass for a replica.
+func putForward(a *accounts, by time.Duration) { a.clock.(*shiftedClock).by.Add(int64(by)) }
 
 // configMapOf is the claim of a ConfigMap that is being created.
 func configMapOf(uid string) quota.Claim {
@@ -160,7 +172,7 @@ func TestAccountsAbandoned(t *testing.T) {
 		"decided about": func(l *line) { _, _ = a.commit(t.Context(), l, []*pending{dead}) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			decide(&line{})
+			decide(&line{escrow: quota.NewEscrow(a.holder)})
 			var l v1alpha1.QuotaLedger
 			if err := cluster.admin.Get(t.Context(), client.ObjectKey{Name: "abandon"}, &l); err != nil {
 				t.Fatal(err)

@@ -128,7 +128,7 @@ func Setup(mgr ctrl.Manager, opts Options) error {
 	if err != nil {
 		return err
 	}
-	for _, runnable := range []manager.Runnable{accounts, accounts.feeds} {
+	for _, runnable := range []manager.Runnable{accounts, accounts.feeds, recalls{accounts}} {
 		if err := mgr.Add(runnable); err != nil {
 			return fmt.Errorf("add the quotas: %w", err)
 		}

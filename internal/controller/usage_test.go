@@ -20,7 +20,6 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	clocktesting "k8s.io/utils/clock/testing"
 	"k8s.io/utils/ptr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
@@ -287,6 +286,7 @@ func newReplica(t *testing.T) *replica {
 		t.Fatal(err)
 	}
 	accounts.timeout = patience
+	accounts.clock = &shiftedClock{}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -298,6 +298,7 @@ func newReplica(t *testing.T) *replica {
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { _ = accounts.feeds.Start(ctx) })
+	running.Go(func() { _ = recalls{accounts}.Start(ctx) })
 	running.Go(func() {
 		if err := server.Start(ctx); err != nil {
 			t.Errorf("webhook server: %v", err)
@@ -581,14 +582,14 @@ func TestUsageOfCrowds(t *testing.T) {
 			t.Fatalf("%d pods exist, want %d at most", n, places)
 		}
 		// What the dead one had reserved for nothing is given back, after its time.
-		two.clock = clocktesting.NewFakePassiveClock(time.Now().Add(2 * claimTTL))
+		putForward(two.accounts, 3*claimTTL)
 		eventually(t, func() error {
 			var l v1alpha1.QuotaLedger
 			if err := cluster.admin.Get(ctx, client.ObjectKey{Name: "crowd"}, &l); err != nil {
 				return err
 			}
-			if err := two.settle(ctx, "crowd", &l); err != nil || len(l.Spec.Reservations) > 0 {
-				return fmt.Errorf("%d reservations are left: %w", len(l.Spec.Reservations), err)
+			if err := two.settle(ctx, "crowd", &l); err != nil || len(l.Spec.Reservations)+len(l.Spec.Holds) > 0 {
+				return fmt.Errorf("%d reservations and %d holds are left: %w", len(l.Spec.Reservations), len(l.Spec.Holds), err)
 			}
 			return nil
 		})

@@ -81,7 +81,7 @@ func List(list corev1.ResourceList) string {
 
 // Decision is the answer to some claims.
 type Decision struct {
-	// Errs has for each claim nil, an *ExceededError, or ErrBehind.
+	// Errs has for each claim nil, an *ExceededError, ErrBehind, or ErrHeld.
 	Errs []error
 	// Reserved says that the ledger has got new reservations: a claim is granted
 	// only once the ledger is written, on condition that it was not written since.
@@ -90,14 +90,21 @@ type Decision struct {
 
 // Decide judges the claims one after the other and enters those that are granted
 // into the ledger, until the time at which they are surely written or given up.
-// First it settles the ledger.
+// First it enters what was granted from the escrow, and settles the ledger; at last it
+// renews the escrow's holds.
 //
-// It is exact, because each object that was admitted before is either in the
-// ledger, or so old that a View which the ledger does not call behind has it. If
-// both have it, it counts once, as the larger of the two.
-func (v *View) Decide(tenant string, ledger *v1alpha1.QuotaLedgerSpec, claims []Claim, until time.Time) Decision {
+// It is exact, because each object that was admitted before is in the ledger, or covered
+// by a hold there, or so old that a View which the ledger does not call behind has it. If
+// both have it, it counts once, as the larger of the two. What another's hold covers may
+// count twice for a moment: if that is what a claim fails for, it is ErrHeld.
+func (v *View) Decide(tenant string, ledger *v1alpha1.QuotaLedgerSpec, claims []Claim, until time.Time, e *Escrow) Decision {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	recalled := map[string]bool{}
+	for _, h := range ledger.Holds {
+		recalled[h.Resource] = recalled[h.Resource] || h.Holder == e.holder && h.Recalled
+	}
+	renew := e.enter(ledger, v.now())
 	v.settle(tenant, ledger)
 	reserved := make(map[types.UID]int, len(ledger.Reservations))
 	for i, r := range ledger.Reservations {
@@ -112,7 +119,7 @@ func (v *View) Decide(tenant string, ledger *v1alpha1.QuotaLedgerSpec, claims []
 		}
 		b := books[c.Resource]
 		if b == nil {
-			b = v.open(tenant, c.Resource, ledger)
+			b = v.open(tenant, c.Resource, ledger, e)
 			books[c.Resource] = b
 		}
 		at, again := reserved[c.UID]
@@ -143,6 +150,11 @@ func (v *View) Decide(tenant string, ledger *v1alpha1.QuotaLedgerSpec, claims []
 		}
 		b.replace(have, with)
 		d.Reserved = true
+		if c.After == 0 {
+			renew[c.Resource] = c.Usage
+		} else if _, known := renew[c.Resource]; !known {
+			renew[c.Resource] = nil
+		}
 		if again {
 			ledger.Reservations[at] = want
 		} else {
@@ -150,14 +162,32 @@ func (v *View) Decide(tenant string, ledger *v1alpha1.QuotaLedgerSpec, claims []
 			ledger.Reservations = append(ledger.Reservations, want)
 		}
 	}
+	for kind, usage := range renew {
+		b := books[kind]
+		if b == nil {
+			b = v.open(tenant, kind, ledger, e)
+		}
+		if recalled[kind] || !v.covers(ledger, kind) {
+			usage = nil
+		}
+		e.hold(ledger, kind, usage, b, until)
+	}
 	return d
 }
 
-// book is what a tenant uses of one resource, reservations included, by canonical names.
-type book struct{ used corev1.ResourceList }
+// book is what a tenant uses of one resource, by canonical names: used has its objects
+// and the reservations, held what other controllers hold.
+type book struct{ used, held corev1.ResourceList }
 
-func (v *View) open(tenant, kind string, ledger *v1alpha1.QuotaLedgerSpec) *book {
-	b := &book{used: v.total(tenant, kind)}
+func (v *View) open(tenant, kind string, ledger *v1alpha1.QuotaLedgerSpec, e *Escrow) *book {
+	b := &book{used: v.total(tenant, kind), held: corev1.ResourceList{}}
+	for _, h := range ledger.Holds {
+		if h.Resource == kind && h.Holder != e.holder {
+			for name, q := range h.Usage {
+				add(b.held, name, q)
+			}
+		}
+	}
 	for _, r := range ledger.Reservations {
 		if r.Resource == kind {
 			have := v.recorded(tenant, kind, r.UID)
@@ -182,9 +212,28 @@ func (b *book) replace(have, with corev1.ResourceList) {
 	}
 }
 
+// fits says whether there is room for so much more.
+func (b *book) fits(hard, more corev1.ResourceList) bool {
+	for limitName, limit := range hard {
+		name := canonical(limitName)
+		q, ok := more[name]
+		if !ok {
+			continue
+		}
+		total := b.used[name].DeepCopy()
+		total.Add(b.held[name])
+		total.Add(q)
+		if total.Cmp(limit) > 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // check says whether the claim takes more of anything that is bounded, and whether it is too much.
 func (b *book) check(tenant string, hard corev1.ResourceList, c Claim, have, with corev1.ResourceList) (bounded bool, err error) {
 	e := &ExceededError{Tenant: tenant, Requested: corev1.ResourceList{}, Used: corev1.ResourceList{}, Limit: corev1.ResourceList{}}
+	held := false
 	for limitName, limit := range hard {
 		name := canonical(limitName)
 		requested := c.more(name)
@@ -198,9 +247,14 @@ func (b *book) check(tenant string, hard corev1.ResourceList, c Claim, have, wit
 		if total.Cmp(limit) > 0 {
 			e.Requested[limitName], e.Used[limitName], e.Limit[limitName] = requested, b.used[name], limit
 		}
+		total.Add(b.held[name])
+		held = held || total.Cmp(limit) > 0
 	}
-	if len(e.Requested) > 0 {
+	switch {
+	case len(e.Requested) > 0:
 		return bounded, e
+	case held:
+		return bounded, ErrHeld
 	}
 	return bounded, nil
 }
@@ -234,16 +288,21 @@ func (v *View) settle(tenant string, ledger *v1alpha1.QuotaLedgerSpec) {
 		if !ok || namespace.Tenant != tenant {
 			return false
 		}
-		if ledger.Settled == nil {
-			ledger.Settled = map[string]string{}
-		}
-		for kind, revision := range map[string]Revision{r.Resource: o.Revision, Namespaces: namespace.Revision} {
-			if have, err := ParseRevision(ledger.Settled[kind]); err == nil && have < revision {
-				ledger.Settled[kind] = revision.String()
-			}
-		}
+		settled(ledger, r.Resource, o.Revision)
+		settled(ledger, Namespaces, namespace.Revision)
 		return true
 	})
+}
+
+// settled has everyone wait who has not seen the resource as of the revision.
+func settled(ledger *v1alpha1.QuotaLedgerSpec, kind string, revision Revision) {
+	if have, err := ParseRevision(ledger.Settled[kind]); err != nil || have >= revision {
+		return
+	}
+	if ledger.Settled == nil {
+		ledger.Settled = map[string]string{}
+	}
+	ledger.Settled[kind] = revision.String()
 }
 
 // covers says whether the View is as new as the ledger wants it, for one resource.

@@ -186,7 +186,7 @@ func TestDecide(t *testing.T) {
 				r.Resource, r.Namespace = Claims, "ns"
 				ledger.Reservations = append(ledger.Reservations, r)
 			}
-			d := v.Decide(acme, &ledger, []Claim{tt.claim}, until)
+			d := v.Decide(acme, &ledger, []Claim{tt.claim}, until, NewEscrow("me"))
 			got := "free"
 			if d.Errs[0] != nil {
 				got = d.Errs[0].Error()
@@ -281,7 +281,7 @@ func TestReserveBothEnds(t *testing.T) {
 	v.Decide(acme, &ledger, []Claim{{
 		UID: "a", Resource: Services, Namespace: "ns", After: 1,
 		Before: corev1.ResourceList{corev1.ResourceServicesNodePorts: quantity(2)}, Usage: corev1.ResourceList{corev1.ResourceServicesLoadBalancers: quantity(1)},
-	}}, time.Now())
+	}}, time.Now(), NewEscrow("me"))
 	if got := List(ledger.Reservations[0].Usage); got != "services.loadbalancers=1,services.nodeports=2" {
 		t.Errorf("reserved %s", got)
 	}

@@ -1,0 +1,168 @@
+package controller
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/tools/cache"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/quota"
+)
+
+const (
+	// recallTimeout bounds how long a claim waits for what another controller holds, which
+	// may have died, and recallPoll is how often it looks.
+	recallTimeout, recallPoll = time.Second, 20 * time.Millisecond
+	// closeTimeout bounds how long a replica that ends gives back what it holds, and
+	// closeParallel how many ledgers it writes at the same time.
+	closeTimeout, closeParallel = 5 * time.Second, 8
+)
+
+// recall asks the other replicas for what they hold, and waits a moment for them to give
+// it back. Then the ledger must be read again.
+func (a *accounts) recall(ctx context.Context, l *line) error {
+	next := l.ledger.DeepCopy()
+	l.ledger = nil
+	if l.escrow.Recall(&next.Spec) {
+		if err := a.direct.Update(ctx, next); err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+			return fmt.Errorf("ask for what other controllers hold of the quota of the Tenant %s, try again: %w", next.Name, err)
+		}
+	}
+	select {
+	case <-time.After(recallPoll):
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("the quota of the Tenant %s: %w", next.Name, quota.ErrHeld)
+	}
+}
+
+// giveBack writes the ledger of the Tenant if another replica wants what this one holds.
+func (a *accounts) giveBack(ctx context.Context, seen *v1alpha1.QuotaLedger) {
+	a.mu.Lock()
+	l := a.lines[seen.Name]
+	a.mu.Unlock()
+	if l != nil && l.escrow.Recalled(&seen.Spec) {
+		go a.enter(ctx, l, true)
+	}
+}
+
+// close gives back what this replica holds, and has it hold nothing any more. What it
+// has no time for counts until the hold is overdue.
+func (a *accounts) close(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+	defer cancel()
+	a.mu.Lock()
+	lines := slices.Collect(maps.Values(a.lines))
+	a.closed = true
+	a.mu.Unlock()
+	turns := make(chan struct{}, closeParallel)
+	var all sync.WaitGroup
+	defer all.Wait()
+	for _, l := range lines {
+		select {
+		case turns <- struct{}{}:
+			all.Go(func() { a.enter(ctx, l, false); <-turns })
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// recalls are what other replicas want back of what this one holds in ledgers.
+type recalls struct{ *accounts }
+
+// NeedLeaderElection implements manager.LeaderElectionRunnable: every replica holds.
+func (recalls) NeedLeaderElection() bool { return false }
+
+// Start implements manager.Runnable: it gives back what other replicas want, and all of
+// it at the end.
+func (r recalls) Start(ctx context.Context) error {
+	lw := cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
+			var list v1alpha1.QuotaLedgerList
+			return &list, r.direct.List(ctx, &list, &client.ListOptions{Raw: &options})
+		},
+		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
+			return r.direct.Watch(ctx, &v1alpha1.QuotaLedgerList{}, &client.ListOptions{Raw: &options})
+		},
+	}, r.direct)
+	cache.NewReflectorWithOptions(lw, &v1alpha1.QuotaLedger{}, ledgers{context.WithoutCancel(ctx), r.accounts}, cache.ReflectorOptions{Name: "what is held of quotas"}).RunWithContext(ctx)
+	r.close(context.WithoutCancel(ctx))
+	return nil
+}
+
+// ledgers are told every change of a ledger, as a Reflector's store that keeps nothing.
+type ledgers struct {
+	ctx context.Context //nolint:containedctx // of what a change starts: a Reflector gives its store none
+	*accounts
+}
+
+// Add implements cache.ReflectorStore.
+func (s ledgers) Add(obj any) error {
+	if l, ok := obj.(*v1alpha1.QuotaLedger); ok {
+		s.giveBack(s.ctx, l)
+	}
+	return nil
+}
+
+// Update implements cache.ReflectorStore.
+func (s ledgers) Update(obj any) error { return s.Add(obj) }
+
+// Delete implements cache.ReflectorStore.
+func (ledgers) Delete(any) error { return nil }
+
+// Replace implements cache.ReflectorStore.
+func (s ledgers) Replace(list []any, _ string) error {
+	for _, obj := range list {
+		_ = s.Add(obj)
+	}
+	return nil
+}
+
+// Resync implements cache.ReflectorStore.
+func (ledgers) Resync() error { return nil }
+
+// newest asks the API server itself for the latest revisions of the tenant's namespaces,
+// and of its objects of one resource.
+func (a *accounts) newest(ctx context.Context, tenant, kind string) (map[string]quota.Revision, error) {
+	newest := map[string]quota.Revision{}
+	look := func(kind, namespace string, options metav1.ListOptions) ([]metav1.PartialObjectMetadata, error) {
+		gvr, ok := corev1.SchemeGroupVersion.WithResource(quota.Namespaces), true
+		if kind != quota.Namespaces {
+			gvr, ok = quota.Find(kind)
+		}
+		if !ok {
+			return nil, nil
+		}
+		list, err := a.feeds.meta.Resource(gvr).Namespace(namespace).List(ctx, options)
+		if err != nil {
+			return nil, fmt.Errorf("list %s: %w", kind, err)
+		}
+		for _, obj := range list.Items {
+			revision, err := quota.ParseRevision(obj.ResourceVersion)
+			if err != nil {
+				return nil, err
+			}
+			newest[kind] = max(newest[kind], revision)
+		}
+		return list.Items, nil
+	}
+	namespaces, err := look(quota.Namespaces, metav1.NamespaceAll, metav1.ListOptions{LabelSelector: v1alpha1.LabelTenant + "=" + tenant})
+	for _, ns := range namespaces {
+		if err == nil {
+			_, err = look(kind, ns.Name, metav1.ListOptions{})
+		}
+	}
+	return newest, err
+}

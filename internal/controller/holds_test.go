@@ -1,0 +1,176 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+	"h8s.io/hypernetes/internal/quota"
+)
+
+// ledgerOf reads what is held and reserved of a Tenant's quota.
+func ledgerOf(t *testing.T, name string) *v1alpha1.QuotaLedger {
+	t.Helper()
+	var l v1alpha1.QuotaLedger
+	if err := cluster.admin.Get(t.Context(), client.ObjectKey{Name: name}, &l); err != nil {
+		t.Fatal(err)
+	}
+	return &l
+}
+
+// holding has a replica grant some creations in a new tenant, all but the first of them
+// while it cannot write the ledger. They are not entered by themselves.
+func holding(t *testing.T, a *accounts, name string, places, grants int) *v1alpha1.Tenant {
+	t.Helper()
+	newBounded(t, name, hard("configmaps", fmt.Sprint(places)))
+	tenant := getTenant(t, name)
+	a.delay = time.Hour
+	var readOnly atomic.Bool
+	a.direct = interceptor.NewClient(a.direct, interceptor.Funcs{Update: func(ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.UpdateOption) error {
+		if readOnly.Load() {
+			return errors.New("the test lets nobody write")
+		}
+		return c.Update(ctx, obj, opts...)
+	}})
+	for i := range grants {
+		if err := a.reserve(t.Context(), tenant, configMapOf(fmt.Sprint(name, "-", i))); err != nil {
+			t.Fatalf("creation %d: %v", i, err)
+		}
+		idle(t, a, name)
+		readOnly.Store(true)
+	}
+	if l := ledgerOf(t, name); len(l.Spec.Reservations) != 1 || len(l.Spec.Holds) != 1 || l.Spec.Holds[0].Holder != a.holder {
+		t.Fatalf("the ledger is %+v", l.Spec)
+	}
+	readOnly.Store(false)
+	return tenant
+}
+
+// idle waits until nobody serves the tenant's line: a claim is answered a moment before.
+func idle(t *testing.T, a *accounts, tenant string) {
+	t.Helper()
+	eventually(t, func() error {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if a.lines[tenant].busy {
+			return errors.New("the line is being served")
+		}
+		return nil
+	})
+}
+
+// A replica grants creations without a write each, and gives the rest back to one that
+// needs it: so that they have all of the quota, and no more.
+func TestHolds(t *testing.T) {
+	a, b := anotherAccounts(t), anotherAccounts(t)
+	const places, grants = 40, 5
+	tenant := holding(t, a, "holds", places, grants)
+	for i := range places - grants {
+		// Near the end the other's hold is in the way, and is given back.
+		if err := b.reserve(t.Context(), tenant, configMapOf(fmt.Sprint("rest-", i))); err != nil {
+			t.Fatalf("place %d: %v", grants+i+1, err)
+		}
+	}
+	for name, of := range map[string]*accounts{"who held": a, "who wanted it": b} {
+		err := of.reserve(t.Context(), tenant, configMapOf("more"))
+		if exceeded := new(quota.ExceededError); !errors.As(err, &exceeded) {
+			t.Errorf("one more, by %s: %v, want a refusal", name, err)
+		}
+	}
+}
+
+// What is granted from a hold is entered into the ledger by itself, also if that fails
+// at first.
+func TestHoldsEntered(t *testing.T) {
+	a := anotherAccounts(t)
+	newBounded(t, "enter", hard("configmaps", "40"))
+	tenant := getTenant(t, "enter")
+	a.delay = 10 * time.Millisecond
+	var fails atomic.Int32
+	a.direct = interceptor.NewClient(a.direct, interceptor.Funcs{Update: func(ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.UpdateOption) error {
+		if fails.Add(-1) >= 0 {
+			return errors.New("the test has it fail")
+		}
+		return c.Update(ctx, obj, opts...)
+	}})
+	if err := a.reserve(t.Context(), tenant, configMapOf("enter-0")); err != nil {
+		t.Fatal(err)
+	}
+	idle(t, a, "enter")
+	fails.Store(3)
+	if err := a.reserve(t.Context(), tenant, configMapOf("enter-1")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if l := ledgerOf(t, "enter"); len(l.Spec.Reservations) != 2 {
+			return fmt.Errorf("the ledger is %+v", l.Spec)
+		}
+		return nil
+	})
+	if n := fails.Load(); n >= 0 {
+		t.Errorf("%d failures are left: it was not entered", n)
+	}
+}
+
+// A replica that ends gives back what it holds.
+func TestHoldsGivenBack(t *testing.T) {
+	a := anotherAccounts(t)
+	tenant := holding(t, a, "return", 40, 3)
+	a.close(t.Context())
+	if l := ledgerOf(t, "return"); len(l.Spec.Holds) > 0 || len(l.Spec.Reservations) != 3 {
+		t.Errorf("the ledger is %+v", l.Spec)
+	}
+	// It still answers, as long as it is asked.
+	if err := a.reserve(t.Context(), tenant, configMapOf("late")); err != nil {
+		t.Error(err)
+	}
+	if l := ledgerOf(t, "return"); len(l.Spec.Holds) > 0 || len(l.Spec.Reservations) != 4 {
+		t.Errorf("after a late claim the ledger is %+v", l.Spec)
+	}
+}
+
+// What a dead replica held is nobody's until it is surely written or given up. Nobody is
+// told meanwhile that the quota is exceeded, and what fits beside it is granted.
+func TestHoldsOfTheDead(t *testing.T) {
+	newBounded(t, "dead", hard("configmaps", "40"))
+	tenant := getTenant(t, "dead")
+	b := anotherAccounts(t)
+	l := ledgerOf(t, "dead")
+	l.Spec.Holds = []v1alpha1.QuotaHold{{Holder: "dead", Resource: configMaps, Usage: quota.UsageOfObject(configMaps), Until: l.CreationTimestamp}}
+	l.Spec.Holds[0].Until.Time = time.Now().Add(time.Hour)
+	if err := cluster.admin.Update(t.Context(), l); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 39 {
+		if err := b.reserve(t.Context(), tenant, configMapOf(fmt.Sprint("dead-", i))); err != nil {
+			t.Fatalf("place %d: %v", i+1, err)
+		}
+	}
+	if err := b.reserve(t.Context(), tenant, configMapOf("last")); !errors.Is(err, quota.ErrHeld) {
+		t.Errorf("the last place: %v, want %v", err, quota.ErrHeld)
+	}
+	putForward(b, 2*time.Hour)
+	eventually(t, func() error { // somebody else may write it, too
+		l := ledgerOf(t, "dead")
+		if err := b.settle(t.Context(), "dead", l); err != nil {
+			return err
+		}
+		if l = ledgerOf(t, "dead"); len(l.Spec.Holds) > 0 {
+			return fmt.Errorf("held: %+v", l.Spec.Holds)
+		}
+		return nil
+	})
+	// The reservations lapse as well: of none of them is there an object.
+	for i := range 40 {
+		if err := b.reserve(t.Context(), tenant, configMapOf(fmt.Sprint("heir-", i))); err != nil {
+			t.Fatalf("place %d: %v", i+1, err)
+		}
+	}
+}

@@ -1,0 +1,163 @@
+package quota
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"h8s.io/hypernetes/api/v1alpha1"
+)
+
+// decideNew has an escrow decide about the creation of a claim, in a tenant that has
+// used so much of its quota, and returns the ledger as it is to be written.
+func decideNew(t *testing.T, e *Escrow, ledger v1alpha1.QuotaLedgerSpec, used int64, claim Claim, until time.Time) (*v1alpha1.QuotaLedgerSpec, error) {
+	t.Helper()
+	v := NewView(func() time.Time { return until.Add(-time.Minute) })
+	v.Replace(Namespaces, []Object{{UID: "ns", Name: "ns", Tenant: acme, Revision: 1}}, 1)
+	v.Replace(Claims, []Object{{UID: "old", Namespace: "ns", Name: "old", Revision: 2, Usage: storage(used)}}, 2)
+	next := ledger.DeepCopy()
+	d := v.Decide(acme, next, []Claim{claim}, until, e)
+	return next, d.Errs[0]
+}
+
+func newClaim(uid string, size int64) Claim {
+	return Claim{UID: types.UID(uid), Resource: Claims, Namespace: "ns", Name: uid, Usage: storage(size)}
+}
+
+// A hold is for more of the same, takes at most a quarter of what is free, and none is
+// taken by who may not.
+func TestHold(t *testing.T) {
+	until := time.Unix(2000, 0)
+	others := v1alpha1.QuotaHold{Holder: "other", Resource: Claims, Usage: storage(40), Until: metav1.NewTime(until)}
+	mine := v1alpha1.QuotaHold{Holder: "me", Resource: Claims, Usage: storage(8), Until: metav1.NewTime(until)}
+	recalled := mine
+	recalled.Recalled = true
+	for name, tt := range map[string]struct {
+		limit, used, size int64
+		holds             []v1alpha1.QuotaHold
+		settled           string
+		closed            bool
+		claim             func(*Claim)
+		want              int64
+		err               error
+	}{
+		"there is plenty":              {limit: 1000, size: 1, want: 32},
+		"of larger ones":               {limit: 1000, size: 5, want: 160},
+		"a quarter of the rest":        {limit: 100, used: 50, size: 1, want: 8},
+		"just one":                     {limit: 100, used: 95, size: 1, want: 1},
+		"near the limit":               {limit: 100, used: 96, size: 1},
+		"it replaces the old one":      {limit: 100, used: 50, size: 1, holds: []v1alpha1.QuotaHold{mine}, want: 8},
+		"others hold, too":             {limit: 100, used: 50, size: 1, holds: []v1alpha1.QuotaHold{others}, want: 2},
+		"it is wanted back":            {limit: 100, used: 50, size: 1, holds: []v1alpha1.QuotaHold{recalled}},
+		"what is left is another's":    {limit: 100, used: 60, size: 1, holds: []v1alpha1.QuotaHold{others}, err: ErrHeld},
+		"and not even that would do":   {limit: 100, used: 60, size: 41, holds: []v1alpha1.QuotaHold{others}, err: &ExceededError{}},
+		"the view is behind":           {limit: 100, size: 1, settled: "3", err: ErrBehind},
+		"the controller ends":          {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, closed: true},
+		"an update is for none":        {limit: 100, size: 1, claim: func(c *Claim) { c.After = 1 }},
+		"a dry run neither":            {limit: 100, size: 1, claim: func(c *Claim) { c.DryRun = true }},
+		"a dry run has all that it is": {limit: 100, used: 60, size: 1, holds: []v1alpha1.QuotaHold{others}, claim: func(c *Claim) { c.DryRun = true }, err: ErrHeld},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := NewEscrow("me")
+			if tt.closed {
+				e.Close()
+			}
+			ledger := v1alpha1.QuotaLedgerSpec{Hard: storage(tt.limit), Holds: tt.holds, Settled: map[string]string{Claims: tt.settled}}
+			claim := newClaim("new", tt.size)
+			if tt.claim != nil {
+				tt.claim(&claim)
+			}
+			next, err := decideNew(t, e, ledger, tt.used, claim, until)
+			if exceeded := (&ExceededError{}); !errors.Is(err, tt.err) && (!errors.As(err, &exceeded) || !errors.As(tt.err, &exceeded)) {
+				t.Errorf("decided: %v, want %v", err, tt.err)
+			}
+			var got int64
+			for _, h := range next.Holds {
+				if h.Holder == "me" && tt.err == nil {
+					got += value(h.Usage)
+				}
+			}
+			if got != tt.want {
+				t.Errorf("it holds %d, want %d: %+v", got, tt.want, next.Holds)
+			}
+		})
+	}
+}
+
+// What is taken from a hold is bounded by it in size, time and kind, and is entered by
+// the next decision.
+func TestTake(t *testing.T) {
+	until := time.Unix(2000, 0)
+	with := func(change func(*Claim)) Claim {
+		c := newClaim("one", 1)
+		change(&c)
+		return c
+	}
+	for name, tt := range map[string]struct {
+		claim      Claim
+		generation int64
+		until      time.Time
+		before     func(*Escrow)
+		want       bool
+	}{
+		"a creation":                     {claim: newClaim("one", 1), want: true},
+		"all that is held":               {claim: newClaim("one", 8), want: true},
+		"more":                           {claim: newClaim("one", 9)},
+		"what is left":                   {claim: newClaim("one", 5), before: func(e *Escrow) { e.Take(newClaim("zero", 3), 7, until) }, want: true},
+		"more than is left":              {claim: newClaim("one", 6), before: func(e *Escrow) { e.Take(newClaim("zero", 3), 7, until) }},
+		"what no quota bounds":           {claim: with(func(c *Claim) { c.Usage = corev1.ResourceList{Claims: quantity(99)} }), want: true},
+		"another resource":               {claim: with(func(c *Claim) { c.Resource = Services })},
+		"an update":                      {claim: with(func(c *Claim) { c.After = 3 })},
+		"a dry run":                      {claim: with(func(c *Claim) { c.DryRun = true })},
+		"by another quota":               {claim: newClaim("one", 1), generation: 8},
+		"at the last moment":             {claim: newClaim("one", 1), until: until.Add(holdTime), want: true},
+		"too late":                       {claim: newClaim("one", 1), until: until.Add(holdTime + 1)},
+		"after a write of unknown end":   {claim: newClaim("one", 1), before: (*Escrow).Lost},
+		"after the end of the ledger":    {claim: newClaim("one", 1), before: func(e *Escrow) { e.Gone(until) }},
+		"after it has given back":        {claim: newClaim("one", 1), before: (*Escrow).Close},
+		"after the hold was not renewed": {claim: newClaim("one", 1), before: func(e *Escrow) { e.Written(&v1alpha1.QuotaLedgerSpec{TenantGeneration: 7}) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := NewEscrow("me")
+			ledger := v1alpha1.QuotaLedgerSpec{TenantGeneration: 7, Hard: storage(1000), Holds: []v1alpha1.QuotaHold{
+				{Holder: "me", Resource: Claims, Usage: storage(8), Until: metav1.NewTime(until.Add(holdTime))},
+				{Holder: "other", Resource: Claims, Usage: storage(100), Until: metav1.NewTime(until.Add(holdTime))},
+			}}
+			e.Written(&ledger)
+			if tt.before != nil {
+				tt.before(e)
+			}
+			if tt.generation == 0 {
+				tt.generation = 7
+			}
+			if tt.until.IsZero() {
+				tt.until = until
+			}
+			if got := e.Take(tt.claim, tt.generation, tt.until); got != tt.want {
+				t.Fatalf("Take() = %v, want %v", got, tt.want)
+			}
+			next, _ := decideNew(t, e, ledger, 0, Claim{UID: "last", Resource: Claims, Namespace: "ns", Name: "last", Usage: storage(1)}, until)
+			var entered []string
+			for _, r := range next.Reservations {
+				if r.Name == tt.claim.Name {
+					entered = append(entered, List(r.Usage))
+				}
+			}
+			var want []string
+			if tt.want {
+				want = []string{List(tt.claim.Usage)}
+			}
+			if diff := cmp.Diff(want, entered); diff != "" {
+				t.Errorf("entered: - want, + got:\n%s", diff)
+			}
+			if e.Written(next); e.Owes() || e.Due(next) {
+				t.Error("it still owes something once all is written")
+			}
+		})
+	}
+}
