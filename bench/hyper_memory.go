@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -128,6 +130,9 @@ func (m *machineLab) podMemory(ctx context.Context, pods map[string][]*corev1.Po
 			sum := 0.0
 			for _, proc := range all.ofPod(string(pod.UID), sandboxOf[string(pod.UID)]) {
 				data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(proc.pid), "smaps_rollup"))
+				if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+					continue // it has ended meanwhile, as runsc's own helpers do
+				}
 				if err != nil {
 					return nil, "", fmt.Errorf("memory of pod %s: %w", pod.Name, err)
 				}
