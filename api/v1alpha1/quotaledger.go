@@ -55,6 +55,9 @@ type QuotaHold struct {
 	// Until when the hold counts. The holder stops early enough for all that it has
 	// granted to be written, or given up, by then.
 	Until metav1.Time `json:"until"`
+	// TenantGeneration is that of the quota by which it was taken. A hold by an earlier
+	// one than the ledger's is recalled.
+	TenantGeneration int64 `json:"tenantGeneration,omitempty"`
 	// Recalled asks the holder to enter what it has granted and give back the rest.
 	Recalled bool `json:"recalled,omitempty"`
 }

@@ -379,6 +379,12 @@ func (a *accounts) enforce(ctx context.Context, t *v1alpha1.Tenant) (*v1alpha1.T
 			if err := a.direct.Update(ctx, l); err != nil {
 				return nil, fmt.Errorf("put the quota of the Tenant %s into force: %w", t.Name, err)
 			}
+			if l, err = a.awaitHolds(ctx, t, l); err != nil {
+				return nil, err
+			}
+		}
+		if quota.HeldBefore(&l.Spec) {
+			return nil, fmt.Errorf("%w: a controller may still grant by the earlier quota", errCounting)
 		}
 	}
 	used, err := a.used(ctx, t)

@@ -26,7 +26,8 @@ import (
 // tickInterval is how often time alone is looked at: pods that should have ended.
 const tickInterval = 30 * time.Second
 
-// errCounting means that the first list of a resource has not come yet, or cannot be had.
+// errCounting means that the first list of a resource has not come yet, or cannot be had,
+// or that somebody has not told yet what it has granted by an earlier quota.
 var errCounting = errors.New("what exists in the cluster is still being counted, try again")
 
 // feeds tells the View what exists, of the resources that some quota bounds. It

@@ -12,6 +12,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -45,6 +46,26 @@ func (a *accounts) recall(ctx context.Context, l *line) error {
 	case <-ctx.Done():
 		return fmt.Errorf("the quota of the Tenant %s: %w", next.Name, quota.ErrHeld)
 	}
+}
+
+// awaitHolds gives the replicas a moment to give back what they hold by an earlier quota,
+// and returns the ledger as it is then.
+func (a *accounts) awaitHolds(ctx context.Context, t *v1alpha1.Tenant, l *v1alpha1.QuotaLedger) (*v1alpha1.QuotaLedger, error) {
+	if !quota.HeldBefore(&l.Spec) {
+		return l, nil
+	}
+	err := wait.PollUntilContextTimeout(ctx, recallPoll, recallTimeout, false, func(ctx context.Context) (bool, error) {
+		now, err := a.lookUp(ctx, t)
+		if err != nil || now == nil {
+			return now == nil, err
+		}
+		l = now
+		return !quota.HeldBefore(&l.Spec), nil
+	})
+	if err != nil && !wait.Interrupted(err) {
+		return nil, err
+	}
+	return l, nil
 }
 
 // giveBack writes the ledger of the Tenant if another replica wants what this one holds.

@@ -119,6 +119,29 @@ func TestHoldsEntered(t *testing.T) {
 	}
 }
 
+// Once a changed quota is in force nobody grants by the earlier one, even who has not
+// heard of the change.
+func TestHoldsOfChangedQuota(t *testing.T) {
+	a, b := anotherAccounts(t), anotherAccounts(t)
+	old := holding(t, a, "change", 40, 5)
+	tenant := getTenant(t, "change")
+	tenant.Spec.Quota.Hard = hard("configmaps", "5")
+	if err := cluster.admin.Update(t.Context(), tenant); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		_, err := b.enforce(t.Context(), tenant)
+		return err
+	})
+	err := a.reserve(t.Context(), old, configMapOf("change-5"))
+	if exceeded := new(quota.ExceededError); !errors.As(err, &exceeded) {
+		t.Errorf("a creation by the earlier quota is answered %v, want a refusal", err)
+	}
+	if l := ledgerOf(t, "change"); len(l.Spec.Holds) > 0 || len(l.Spec.Reservations) != 5 {
+		t.Errorf("the ledger is %+v", l.Spec)
+	}
+}
+
 // A replica that ends gives back what it holds.
 func TestHoldsGivenBack(t *testing.T) {
 	a := anotherAccounts(t)

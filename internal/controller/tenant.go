@@ -280,7 +280,7 @@ func (r *tenantReconciler) quotaReady(ctx context.Context, t *v1alpha1.Tenant, n
 			status = t.Status.Quota // as it was when this controller started
 		case errors.Is(err, errCounting):
 			t.Status.Quota = nil
-			counting, _ := no("Counting", "the quota is in force; %v", err)
+			counting, _ := no("Counting", "%v", err)
 			return counting, err
 		case err != nil:
 			return condition{}, err

@@ -131,7 +131,7 @@ func (e *Escrow) enter(ledger *v1alpha1.QuotaLedgerSpec, now time.Time) map[stri
 		ledger.Reservations = append(ledger.Reservations, r)
 	}
 	ledger.Holds = slices.DeleteFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool {
-		return h.Holder == e.holder && (e.closed || h.Recalled || now.After(h.Until.Time))
+		return h.Holder == e.holder && (e.closed || wanted(ledger, h) || now.After(h.Until.Time))
 	})
 	return renew
 }
@@ -141,7 +141,7 @@ func (e *Escrow) hold(ledger *v1alpha1.QuotaLedgerSpec, kind string, usage corev
 	ledger.Holds = slices.DeleteFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool { return h.Holder == e.holder && h.Resource == kind })
 	for n := int64(holdObjects); n > 0 && len(usage) > 0 && !e.closed; n /= 2 {
 		if want := times(usage, n); b.fits(ledger.Hard, times(want, holdShare)) {
-			ledger.Holds = append(ledger.Holds, v1alpha1.QuotaHold{Holder: e.holder, Resource: kind, Usage: want, Until: metav1.NewTime(until.Add(holdTime))})
+			ledger.Holds = append(ledger.Holds, v1alpha1.QuotaHold{Holder: e.holder, Resource: kind, Usage: want, Until: metav1.NewTime(until.Add(holdTime)), TenantGeneration: ledger.TenantGeneration})
 			return
 		}
 	}
@@ -168,9 +168,18 @@ func (e *Escrow) Recall(ledger *v1alpha1.QuotaLedgerSpec) bool {
 	return changed
 }
 
-// Recalled says whether somebody wants back what the holder holds.
+// Recalled says whether what the holder holds is wanted back.
 func (e *Escrow) Recalled(ledger *v1alpha1.QuotaLedgerSpec) bool {
-	return slices.ContainsFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool { return h.Holder == e.holder && h.Recalled })
+	return slices.ContainsFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool { return h.Holder == e.holder && wanted(ledger, h) })
+}
+
+// HeldBefore says whether somebody may still grant by an earlier quota than the ledger's.
+func HeldBefore(ledger *v1alpha1.QuotaLedgerSpec) bool {
+	return slices.ContainsFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool { return h.TenantGeneration < ledger.TenantGeneration })
+}
+
+func wanted(ledger *v1alpha1.QuotaLedgerSpec, h v1alpha1.QuotaHold) bool {
+	return h.Recalled || h.TenantGeneration < ledger.TenantGeneration
 }
 
 // Due says whether what Decide makes of the ledger must be written even if it reserves nothing.

@@ -39,6 +39,7 @@ func TestHold(t *testing.T) {
 	recalled.Recalled = true
 	for name, tt := range map[string]struct {
 		limit, used, size int64
+		generation        int64
 		holds             []v1alpha1.QuotaHold
 		settled           string
 		closed            bool
@@ -56,6 +57,7 @@ func TestHold(t *testing.T) {
 		"it is wanted back":            {limit: 100, used: 50, size: 1, holds: []v1alpha1.QuotaHold{recalled}},
 		"what is left is another's":    {limit: 100, used: 60, size: 1, holds: []v1alpha1.QuotaHold{others}, err: ErrHeld},
 		"and not even that would do":   {limit: 100, used: 60, size: 41, holds: []v1alpha1.QuotaHold{others}, err: &ExceededError{}},
+		"by the quota of before":       {limit: 100, used: 50, size: 1, generation: 8, holds: []v1alpha1.QuotaHold{mine}, want: 8},
 		"the view is behind":           {limit: 100, size: 1, settled: "3", err: ErrBehind},
 		"the controller ends":          {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, closed: true},
 		"an update is for none":        {limit: 100, size: 1, claim: func(c *Claim) { c.After = 1 }},
@@ -67,7 +69,7 @@ func TestHold(t *testing.T) {
 			if tt.closed {
 				e.Close()
 			}
-			ledger := v1alpha1.QuotaLedgerSpec{Hard: storage(tt.limit), Holds: tt.holds, Settled: map[string]string{Claims: tt.settled}}
+			ledger := v1alpha1.QuotaLedgerSpec{TenantGeneration: tt.generation, Hard: storage(tt.limit), Holds: tt.holds, Settled: map[string]string{Claims: tt.settled}}
 			claim := newClaim("new", tt.size)
 			if tt.claim != nil {
 				tt.claim(&claim)
@@ -125,8 +127,8 @@ func TestTake(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			e := NewEscrow("me")
 			ledger := v1alpha1.QuotaLedgerSpec{TenantGeneration: 7, Hard: storage(1000), Holds: []v1alpha1.QuotaHold{
-				{Holder: "me", Resource: Claims, Usage: storage(8), Until: metav1.NewTime(until.Add(holdTime))},
-				{Holder: "other", Resource: Claims, Usage: storage(100), Until: metav1.NewTime(until.Add(holdTime))},
+				{Holder: "me", Resource: Claims, Usage: storage(8), Until: metav1.NewTime(until.Add(holdTime)), TenantGeneration: 7},
+				{Holder: "other", Resource: Claims, Usage: storage(100), Until: metav1.NewTime(until.Add(holdTime)), TenantGeneration: 7},
 			}}
 			e.Written(&ledger)
 			if tt.before != nil {
