@@ -4,9 +4,11 @@ import (
 	"archive/tar"
 	"bytes"
 	"fmt"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -15,6 +17,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"k8s.io/client-go/util/cert"
 )
 
 // registry is where the tests are told that their images are. Nothing is pulled from it.
@@ -27,10 +30,11 @@ const repoList = "promoterE2eRegistry: " + registry + "\ngcRegistry: " + registr
 // standIn is an image that does what a test expects of Kubernetes' own one, made from
 // one of the project's.
 type standIn struct {
-	base   string
-	files  []tar.Header // in a layer of their own
-	text   map[string]string
-	config func(*v1.Config)
+	base    string
+	files   []tar.Header // in a layer of their own
+	text    map[string]string
+	keyPair bool // a certificate and its key are in the layer as well, as localhost.crt and localhost.key
+	config  func(*v1.Config)
 }
 
 // standIns are by the base name of the image that each of them stands for. A spec that
@@ -46,13 +50,15 @@ var standIns = map[string]standIn{
 		"etc/group":  "root:x:0:\ndaemon:x:1:\nwheel:x:10:root\nnogroup:x:65534:\n",
 	}},
 	"nonroot": {base: "busybox", config: func(c *v1.Config) { c.User = "1234" }},
-	// Its own is Alpine with some tools; what the specs in focus use of them is curl.
-	"agnhost": {base: "agnhost", files: []tar.Header{
+	// Its own is Alpine with some tools; these are what the specs in focus use of them.
+	"agnhost": {base: "agnhost", keyPair: true, files: []tar.Header{
+		{Name: "bin/bash", Mode: 0o755},
 		{Name: "usr/bin/curl", Mode: 0o755},
 		{Name: "agnhost-2", Typeflag: tar.TypeSymlink, Linkname: "agnhost"},
 		{Name: "etc/passwd", Mode: 0o644},
 		{Name: "etc/group", Mode: 0o644},
 	}, text: map[string]string{
+		"bin/bash":     "#!/bin/sh\n# bash [OPTION]... [SCRIPT]\nexec sh \"$@\"\n",
 		"usr/bin/curl": "#!/bin/sh\n# curl [OPTION]... URL\nfor url; do :; done\nexec wget -q -O - \"$url\"\n",
 		"etc/passwd":   "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\nuser-defined-in-image:x:1000:1000::/home/user-defined-in-image:/bin/sh\n",
 		"etc/group":    "root:x:0:\nnogroup:x:65534:\nuser-defined-in-image:x:1000:\ngroup-defined-in-image:x:50000:user-defined-in-image\n",
@@ -119,10 +125,21 @@ func (s standIn) image(bin string) (v1.Image, error) {
 }
 
 func (s standIn) layer(bin string) (v1.Layer, error) {
+	files, texts := slices.Clone(s.files), map[string]string{}
+	maps.Copy(texts, s.text)
+	if s.keyPair {
+		certificate, key, err := cert.GenerateSelfSignedCertKey("localhost", nil, nil)
+		if err != nil {
+			return nil, err
+		}
+		for name, text := range map[string][]byte{"localhost.crt": certificate, "localhost.key": key} {
+			files, texts[name] = append(files, tar.Header{Name: name, Mode: 0o644}), string(text)
+		}
+	}
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
-	for _, h := range s.files {
-		text, here := s.text[h.Name]
+	for _, h := range files {
+		text, here := texts[h.Name]
 		if !here && h.Typeflag != tar.TypeSymlink {
 			program, err := os.ReadFile(filepath.Join(bin, path.Base(h.Name)))
 			if err != nil {
