@@ -43,7 +43,7 @@ const (
 	// floodObjects are what each list returns.
 	floodObjects = 500
 	// window is how long each side of a round is measured.
-	window = 5 * time.Second
+	window = 8 * time.Second
 	// pace of the quiet tenant's requests.
 	pace = 20 * time.Millisecond
 	// floodRounds of both sides.
@@ -52,8 +52,11 @@ const (
 	raise = 2
 )
 
-// measureFlood compares a small get of one tenant with and without another's flood
-// of lists and creates.
+// What the quiet tenant asks for.
+const smallGet, smallCreate = "get", "create"
+
+// measureFlood compares a small get and a creation of one tenant with and without
+// another's flood of lists and creates.
 func measureFlood(ctx context.Context, l *lab, _ options, p *progress) (rows []Row, err error) {
 	for i, name := range []string{noisy, quiet} {
 		if err := l.ensureNeighbour(ctx, name, fmt.Sprintf("10.%d.0.0/16", i)); err != nil {
@@ -114,16 +117,19 @@ func measureFlood(ctx context.Context, l *lab, _ options, p *progress) (rows []R
 	if err != nil {
 		return nil, err
 	}
-	for _, metric := range []string{"p50", "p99"} {
-		var target *Target
-		if metric == "p99" {
-			target = &Target{Value: raise}
+	for _, what := range []string{smallGet, smallCreate} {
+		for _, metric := range []string{"p50", "p99"} {
+			var target *Target
+			if metric == "p99" {
+				target = &Target{Value: raise}
+			}
+			sample := what + " " + metric
+			r, err := row(what+" of a ConfigMap", metric, "ms", results.side("beside a flood", sample), results.side("alone", sample), target)
+			if err != nil {
+				return rows, err
+			}
+			rows = append(rows, r)
 		}
-		r, err := row("get of a ConfigMap", metric, "ms", results.side("beside a flood", metric), results.side("alone", metric), target)
-		if err != nil {
-			return rows, err
-		}
-		rows = append(rows, r)
 	}
 	return append(rows,
 		absolute("the flood", "requests answered", "1/s", newSide("noisy tenant", sent), nil),
@@ -191,37 +197,47 @@ func (r *requester) do(ctx context.Context, method, path, body string) (int, err
 	return resp.StatusCode, err
 }
 
-// latencies of small gets in milliseconds, sent at an even pace for a window,
-// whether or not those before have been answered: a request that has to wait does
-// not keep others from being measured.
+// latencies of small gets and of creations in milliseconds, sent in turn at an even
+// pace for a window, whether or not those before have been answered: a request that
+// has to wait does not keep others from being measured.
 func (r *requester) latencies(ctx context.Context) (map[string]float64, error) {
+	const path = "/api/v1/namespaces/" + quiet + "/configmaps"
+	kinds := []struct{ name, method, path, body string }{
+		{smallGet, http.MethodGet, path + "/small", ""},
+		{smallCreate, http.MethodPost, path + "?dryRun=All", `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"new"}}`},
+	}
 	var mu sync.Mutex
-	var samples []float64
+	samples := map[string][]float64{}
 	var failed error
 	var wg sync.WaitGroup
 	ticker := time.NewTicker(pace)
 	defer ticker.Stop()
-	for end := time.Now().Add(window); time.Now().Before(end); {
+	for n := range int(window / pace) {
 		select {
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		case <-ticker.C:
 		}
+		kind := kinds[n%len(kinds)]
 		wg.Go(func() {
 			began := time.Now()
-			code, err := r.do(ctx, http.MethodGet, "/api/v1/namespaces/"+quiet+"/configmaps/small", "")
+			code, err := r.do(ctx, kind.method, kind.path, kind.body)
 			took := time.Since(began)
 			mu.Lock()
 			defer mu.Unlock()
-			if err == nil && code != http.StatusOK {
-				err = fmt.Errorf("a small get was answered with %d", code)
+			if err == nil && code/100 != 2 {
+				err = fmt.Errorf("a %s was answered with %d", kind.name, code)
 			}
 			failed = errors.Join(failed, err)
-			samples = append(samples, float64(took)/float64(time.Millisecond))
+			samples[kind.name] = append(samples[kind.name], float64(took)/float64(time.Millisecond))
 		})
 	}
 	wg.Wait()
-	return map[string]float64{"p50": median(samples), "p99": quantile(samples, 0.99)}, failed
+	values := map[string]float64{}
+	for name, of := range samples {
+		values[name+" p50"], values[name+" p99"] = median(of), quantile(of, 0.99)
+	}
+	return values, failed
 }
 
 // floodCounts is what a flood was.
