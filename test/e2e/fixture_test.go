@@ -41,7 +41,7 @@ spec:
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := try(admin, "get", "pods,events,services", "-n", tn.ns, "-o", "wide")
-			t.Logf("namespace %s:\n%s", tn.ns, out)
+			fmt.Fprintf(t.Output(), "namespace %s:\n%s", tn.ns, out) // no message of the test's, to test/runner
 		}
 		if _, err := try(admin, "delete", "tenant", tn.name, "--ignore-not-found", "--timeout=4m"); err != nil {
 			t.Errorf("deleting tenant %s: %v", tn.name, err)

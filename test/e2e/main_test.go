@@ -100,17 +100,17 @@ func run(m *testing.M) (code int) {
 		return 1
 	}
 	if !*keepFlag {
-		defer func() {
+		defer func() { // test/runner looks for "after the tests: "
 			if err := h8s("down", "--name", cluster.cluster); err != nil {
-				fmt.Fprintln(os.Stderr, "h8s down:", err)
+				fmt.Fprintln(os.Stderr, "after the tests: h8s down:", err)
 				code = 1
 			}
 			if err := awaitRestored(before, cluster.cluster); err != nil {
-				fmt.Fprintln(os.Stderr, err)
+				fmt.Fprintln(os.Stderr, "after the tests:", err)
 				code = 1
 			}
 			if left, err := os.ReadDir(scratchDir); err != nil || len(left) > 0 {
-				fmt.Fprintln(os.Stderr, "scratch files are left:", left, err)
+				fmt.Fprintln(os.Stderr, "after the tests: scratch files are left:", left, err)
 				code = 1
 			}
 		}()

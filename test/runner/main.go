@@ -33,8 +33,8 @@ type suite struct {
 	goes bool // the command is `go test`, without -json
 	// asked says that it runs only when it is asked for: it takes too long.
 	asked bool
-	// late matches what a test says of which nothing was wrong but the time it took. Such
-	// tests get a second attempt, see again; nil for a suite without.
+	// late matches what a test says that has only waited in vain for something to become
+	// ready. Such tests get a second attempt, see again; nil for a suite without.
 	late *regexp.Regexp
 }
 
@@ -45,7 +45,7 @@ func suites() []suite {
 		{name: "lint", argv: []string{"make", "--no-print-directory", "lint"}},
 		{name: "unit and kernel", argv: unit, goes: true},
 		{name: "gVisor shim", dir: "upstream/gvisor", argv: []string{"go", "test", "-race", "-timeout=10m", "./shim/..."}, goes: true},
-		{name: "cluster", argv: []string{"go", "test", "-timeout=60m", "./test/e2e/..."}, goes: true, late: regexp.MustCompile(`: still after 4m0s: |timed out waiting for the condition`)},
+		{name: "cluster", argv: []string{"go", "test", "-count=1", "-timeout=60m", "./test/e2e/..."}, goes: true, late: regexp.MustCompile(`--for=condition=Ready .*: timed out waiting for the condition`)},
 		{name: "hyper", argv: []string{"go", "test", "-tags=hyper", "-p=1", "-parallel=6", "-timeout=30m", "./internal/hyper/vm", "./internal/hyper/guest", "./internal/hyper/layers", "./test/hyper"}, goes: true},
 		{name: "conformance", argv: []string{"go", "test", "-tags=hyper", "-timeout=3h", "./test/conformance"}, goes: true, asked: true},
 	}
@@ -55,6 +55,13 @@ type totals struct {
 	passed, failed, skipped int
 	failures                []string // each failed test and the first that it said
 	flaky                   []string // the same of tests that passed at the second attempt
+	said                    []string // all that failed tests said, and those that have subtests which failed
+}
+
+// fail counts a failure that no test has said itself.
+func (t *totals) fail(said string) {
+	t.failed++
+	t.failures, t.said = append(t.failures, said), append(t.said, said)
 }
 
 func (t *totals) add(other totals) {
@@ -102,32 +109,42 @@ func runAll(ctx context.Context, suites []suite, only string) totals {
 
 var errInterrupted = errors.New("interrupted")
 
-// again gives tests that failed for nothing but lateness a second attempt, with a cluster
-// of their own: that all of Kubernetes is once slow on two processors says little of the
-// product, and twice is no accident. One other failure in the suite, as a wrong answer, a
-// leak or a time that the product promises, and nothing is repeated. What passes then is
-// not hidden: the first attempt's output stands where it was, and its test in the last lines.
+// again gives tests that have only waited in vain for something to become ready a second
+// attempt, with a cluster of their own: that all of Kubernetes is once slow on two
+// processors says little of the product, and twice is no accident. If one test of the
+// suite has failed otherwise, as by a wrong answer, a leak or a time that the product
+// promises, or has not ended, or if more than two were late, nothing is repeated. What
+// passes then is not hidden: the first attempt's output stands where it was, and its test
+// in the last lines.
 func again(ctx context.Context, s suite, first totals) totals {
 	if s.late == nil || first.failed == 0 || ctx.Err() != nil {
 		return first
 	}
+	for _, said := range first.said {
+		if !s.late.MatchString(said) {
+			return first
+		}
+	}
 	var tests []string
 	for _, f := range first.failures {
 		test, said, _ := strings.Cut(f, ": ")
-		if !strings.HasPrefix(test, "Test") || !s.late.MatchString(said) {
+		top, _, _ := strings.Cut(test, "/")
+		if !strings.HasPrefix(top, "Test") || said == "" {
 			return first
 		}
-		top, _, _ := strings.Cut(test, "/")
 		if !slices.Contains(tests, top) {
 			tests = append(tests, top)
 		}
 	}
+	if len(tests) > 2 {
+		return first
+	}
 	fmt.Printf("=== %s: late: %s: a second attempt\n\n", s.name, strings.Join(tests, ", "))
 	s.name += " again"
-	s.argv = append(slices.Clone(s.argv), "-run=^("+strings.Join(tests, "|")+")$")
+	s.argv = append(slices.Clone(s.argv), "-timeout=25m", "-run=^("+strings.Join(tests, "|")+")$")
 	switch second := run(ctx, s); {
 	case second.failed > 0:
-		first.failed, first.failures = second.failed, second.failures
+		first.failed, first.failures = second.failed, append(first.failures, second.failures...)
 	case second.passed == 0:
 		first.add(failure(s, time.Now(), errors.New("no test ran")))
 	default:
@@ -215,6 +232,10 @@ type event struct {
 // sees that something moves, and later where the time went.
 const long = 5
 
+// afterwards begins what a package's TestMain prints of what it has found wrong when the
+// tests were over: it counts, whichever tests have failed.
+const afterwards = "after the tests: "
+
 // count reads events, prints a line for each package and each long test, and the output of each test
 // that failed or was skipped, and counts leaf tests: a test that has subtests is
 // counted only if it failed without any of them failing.
@@ -224,6 +245,7 @@ func count(r io.Reader, w io.Writer, start time.Time) totals {
 	output := map[key]*strings.Builder{}
 	hasChild := map[key]bool{}
 	childFailed := map[key]bool{}
+	running := map[key]bool{}
 	lines := bufio.NewReader(r)
 	for {
 		line, err := lines.ReadBytes('\n')
@@ -239,6 +261,7 @@ func count(r io.Reader, w io.Writer, start time.Time) totals {
 		switch e.Action {
 		case "run":
 			hasChild[parent] = true
+			running[k] = true
 		case "build-output":
 			fmt.Fprint(w, e.Output)
 		case "output":
@@ -252,13 +275,25 @@ func count(r io.Reader, w io.Writer, start time.Time) totals {
 				out = b.String()
 			}
 			delete(output, k)
+			delete(running, k)
 			if e.Action == "fail" {
 				if e.Test != "" {
 					childFailed[parent] = true
+					t.said = append(t.said, messages.FindAllString(out, -1)...)
 				}
 				fmt.Fprintf(w, "--- FAIL %s %s [%s]\n%s", e.Package, e.Test, elapsed(start), out)
 			}
 			leaf := !hasChild[k]
+			if e.Test == "" && e.Action == "fail" && childFailed[k] {
+				for r := range running { // it died, or its time was over
+					if r.pkg == k.pkg && !hasChild[r] {
+						t.fail(r.test + ": it did not end")
+					}
+				}
+				for _, found := range wrongAfterwards.FindAllString(out, -1) {
+					t.fail(e.Package + ": " + found)
+				}
+			}
 			switch {
 			case e.Test == "" && e.Action == "fail" && !childFailed[k]:
 				t.failed++ // did not build, panicked or timed out
@@ -295,15 +330,18 @@ func count(r io.Reader, w io.Writer, start time.Time) totals {
 // firstWords returns the first message of a failed test's output.
 func firstWords(output string) string {
 	const limit = 400
-	message := messagePattern.FindString(output)
+	message := messages.FindString(output)
 	if len(message) > limit {
 		message = message[:limit] + "…"
 	}
 	return strings.ToValidUTF8(strings.TrimSpace(message), "")
 }
 
-// messagePattern matches what t.Error and its kind print.
-var messagePattern = regexp.MustCompile(`(?m)^\s+\w+\.go:\d+: .*$`)
+// messages matches what t.Error and its kind print, wrongAfterwards what TestMain does.
+var (
+	messages        = regexp.MustCompile(`(?m)^\s+\w+\.go:\d+: .*$`)
+	wrongAfterwards = regexp.MustCompile(`(?m)^` + afterwards + `.*$`)
+)
 
 // tail keeps the last bytes that were written to it.
 type tail struct {

@@ -1,13 +1,15 @@
 package main
 
 import (
+	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"reflect"
 	"regexp"
-	"strconv"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -39,7 +41,36 @@ func TestCount(t *testing.T) {
 {"Action":"fail","Package":"p","Test":"A"}
 {"Action":"fail","Package":"p"}
 `,
-			want: totals{failed: 1, failures: []string{"A/one: a_test.go:7: one and one is three"}},
+			want: totals{
+				failed: 1, failures: []string{"A/one: a_test.go:7: one and one is three"},
+				said: []string{"    a_test.go:7: one and one is three", "    a_test.go:8: more"},
+			},
+		},
+		"who did not end beside one that failed": {
+			events: `{"Action":"run","Package":"p","Test":"A"}
+{"Action":"output","Package":"p","Test":"A","Output":"    a_test.go:7: late\n"}
+{"Action":"fail","Package":"p","Test":"A"}
+{"Action":"run","Package":"p","Test":"B"}
+{"Action":"run","Package":"p","Test":"B/one"}
+{"Action":"fail","Package":"p"}
+`,
+			want: totals{
+				failed: 2, failures: []string{"A: a_test.go:7: late", "B/one: it did not end"},
+				said: []string{"    a_test.go:7: late", "B/one: it did not end"},
+			},
+		},
+		"what is wrong after the tests, beside one that failed": {
+			events: `{"Action":"run","Package":"p","Test":"A"}
+{"Action":"output","Package":"p","Test":"A","Output":"    a_test.go:7: late\n"}
+{"Action":"fail","Package":"p","Test":"A"}
+{"Action":"output","Package":"p","Output":"FAIL\n"}
+{"Action":"output","Package":"p","Output":"after the tests: a link is left\n"}
+{"Action":"fail","Package":"p"}
+`,
+			want: totals{
+				failed: 2, failures: []string{"A: a_test.go:7: late", "p: after the tests: a link is left"},
+				said: []string{"    a_test.go:7: late", "p: after the tests: a link is left"},
+			},
 		},
 		"a package that does not build fails": {
 			events: `{"Action":"build-output","ImportPath":"p","Output":"syntax error\n"}
@@ -96,49 +127,58 @@ func TestRunAll(t *testing.T) {
 
 // TestAgain: only lateness gets a second attempt, and only one.
 func TestAgain(t *testing.T) {
-	script := func(first, second string) suite {
-		say := func(event string) string {
-			return `{"Action":"run","Package":"p","Test":"TestA/b"}` + "\n" + event + "\n"
-		}
-		failed := func(said string) string {
-			return say(`{"Action":"output","Package":"p","Test":"TestA/b","Output":"    a_test.go:7: ` + said + `\n"}` + "\n" + `{"Action":"fail","Package":"p","Test":"TestA/b"}`)
-		}
-		events := map[string]string{"": say(`{"Action":"pass","Package":"p","Test":"TestA/b"}`)}
-		dir := t.TempDir()
-		for i, said := range []string{first, second} {
-			content, ok := events[said]
-			if !ok {
-				content = failed(said)
+	events := func(tests map[string]string) string {
+		var all strings.Builder
+		for _, test := range slices.Sorted(maps.Keys(tests)) {
+			fmt.Fprintf(&all, `{"Action":"run","Package":"p","Test":%q}`+"\n", test)
+			action := "pass"
+			for _, said := range strings.Split(tests[test], "; ") {
+				if said != "" {
+					fmt.Fprintf(&all, `{"Action":"output","Package":"p","Test":%q,"Output":"    a_test.go:7: %s\n"}`+"\n", test, said)
+					action = "fail"
+				}
 			}
-			if err := os.WriteFile(filepath.Join(dir, strconv.Itoa(i)), []byte(content), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			fmt.Fprintf(&all, `{"Action":%q,"Package":"p","Test":%q}`+"\n", action, test)
 		}
-		// go, as the runner starts it; the second attempt is the one that has a -run.
-		fake := `#!/bin/sh
-case "$*" in *'-run=^(TestA)$'*) cat ` + dir + `/1 ;; *-run*) exit 3 ;; *) cat ` + dir + `/0 ;; esac
-`
-		if err := os.WriteFile(filepath.Join(dir, "go"), []byte(fake), 0o700); err != nil { //nolint:gosec // it is to be executed
-			t.Fatal(err)
-		}
-		t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
-		return suite{name: "s", argv: []string{"go", "test", "./..."}, goes: true, late: regexp.MustCompile("still after")}
+		return all.String()
 	}
-	const late, wrong = "still after 4m0s: no pod", "the secret was read"
+	const late, wrong = "not ready in time", "the secret was read"
+	failure := func(test, said string) string { return test + ": a_test.go:7: " + said }
 	cases := map[string]struct {
-		first, second string
+		first, second map[string]string // what each test says; the second attempt is of TestA
 		want          totals
 	}{
-		"it passes":                {first: "", second: wrong, want: totals{passed: 1}},
-		"late, then it passes":     {first: late, second: "", want: totals{passed: 1, flaky: []string{"TestA/b: a_test.go:7: " + late}}},
-		"late twice":               {first: late, second: late, want: totals{failed: 1, failures: []string{"TestA/b: a_test.go:7: " + late}}},
-		"wrong is not forgiven":    {first: wrong, second: "", want: totals{failed: 1, failures: []string{"TestA/b: a_test.go:7: " + wrong}}},
-		"late, and wrong after it": {first: late, second: wrong, want: totals{failed: 1, failures: []string{"TestA/b: a_test.go:7: " + wrong}}},
+		"it passes":                {first: map[string]string{"TestA": ""}, want: totals{passed: 1}},
+		"late, then it passes":     {first: map[string]string{"TestA": late, "TestB": ""}, second: map[string]string{"TestA": ""}, want: totals{passed: 2, flaky: []string{failure("TestA", late)}}},
+		"late twice":               {first: map[string]string{"TestA": late}, second: map[string]string{"TestA": late}, want: totals{failed: 1, failures: []string{failure("TestA", late), failure("TestA", late)}}},
+		"wrong is not forgiven":    {first: map[string]string{"TestA": wrong}, want: totals{failed: 1, failures: []string{failure("TestA", wrong)}}},
+		"late, and wrong after it": {first: map[string]string{"TestA": late}, second: map[string]string{"TestA": wrong}, want: totals{failed: 1, failures: []string{failure("TestA", late), failure("TestA", wrong)}}},
+		"late and wrong at once":   {first: map[string]string{"TestA": late + "; " + wrong}, want: totals{failed: 1, failures: []string{failure("TestA", late)}}},
+		"another is wrong":         {first: map[string]string{"TestA": late, "TestB": wrong}, want: totals{failed: 2, failures: []string{failure("TestA", late), failure("TestB", wrong)}}},
+		"no test runs then":        {first: map[string]string{"TestA": late}, second: map[string]string{}, want: totals{failed: 2, failures: []string{failure("TestA", late), "s again: no test ran"}}},
+		"three are no accident": {
+			first: map[string]string{"TestA": late, "TestB": late, "TestC": late},
+			want:  totals{failed: 3, failures: []string{failure("TestA", late), failure("TestB", late), failure("TestC", late)}},
+		},
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
 			t.Chdir(t.TempDir()) // where the logs go
-			if got := runAll(t.Context(), []suite{script(c.first, c.second)}, ""); !reflect.DeepEqual(got, c.want) {
+			// go, as the runner starts it; what nobody should start ends badly.
+			script := "#!/bin/sh\ncase \"$*\" in *'-run=^(TestA)$'*) cat " + dir + "/second ;; *-run*) exit 3 ;; *) cat " + dir + "/first ;; esac\n"
+			files := map[string]string{"go": script, "first": events(c.first)}
+			if c.second != nil {
+				files["second"] = events(c.second)
+			}
+			for file, content := range files {
+				if err := os.WriteFile(filepath.Join(dir, file), []byte(content), 0o700); err != nil { //nolint:gosec // one is to be executed
+					t.Fatal(err)
+				}
+			}
+			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+			got := runAll(t.Context(), []suite{{name: "s", argv: []string{"go", "test", "./..."}, goes: true, late: regexp.MustCompile(late)}}, "")
+			if got.said = nil; !reflect.DeepEqual(got, c.want) {
 				t.Errorf("runAll() = %+v, want %+v", got, c.want)
 			}
 		})
