@@ -58,6 +58,8 @@ type accounts struct {
 	timeout time.Duration
 	// delay is how long what was granted from a hold may wait to be entered.
 	delay time.Duration
+	// patience is how long a claim waits for what other replicas hold.
+	patience time.Duration
 	// changed tells the tenant reconciler which Tenants to look at again.
 	changed chan event.GenericEvent
 
@@ -105,7 +107,7 @@ func newAccounts(config *rest.Config, cached client.Client) (*accounts, error) {
 		return nil, err
 	}
 	return &accounts{
-		holder: string(uuid.NewUUID()), cached: cached, direct: direct, view: view, feeds: feeds, clock: clock.RealClock{}, timeout: commitTimeout, delay: enterAfter,
+		holder: string(uuid.NewUUID()), cached: cached, direct: direct, view: view, feeds: feeds, clock: clock.RealClock{}, timeout: commitTimeout, delay: enterAfter, patience: recallTimeout,
 		changed: make(chan event.GenericEvent), lines: map[string]*line{},
 	}, nil
 }
@@ -120,7 +122,8 @@ func (a *accounts) reserve(ctx context.Context, t *v1alpha1.Tenant, claim quota.
 	a.mu.Lock()
 	l := a.lines[t.Name]
 	if l == nil {
-		l = &line{escrow: quota.NewEscrow(a.holder)}
+		// Of a name of its own: a line that was forgotten may still write.
+		l = &line{escrow: quota.NewEscrow(a.holder + "/" + string(uuid.NewUUID()))}
 		a.lines[t.Name] = l
 	}
 	if !l.busy && !a.closed && l.tenant != nil && l.tenant.UID == t.UID && l.escrow.Take(claim, t.Generation, a.clock.Now().Add(claimTTL)) {
@@ -175,13 +178,14 @@ func (a *accounts) enter(ctx context.Context, l *line, stale bool) {
 
 // serve answers groups of claims until none is left, and writes the ledger if it is due.
 func (a *accounts) serve(ctx context.Context, l *line) {
+	failed := false
 	for {
 		a.mu.Lock()
 		group := slices.DeleteFunc(l.waiting, (*pending).abandoned)
 		l.waiting = nil
 		if len(group) == 0 && !l.due {
 			l.busy = false
-			if l.escrow.Owes() { // the last attempt has failed
+			if failed || l.escrow.Owes() { // it may be that others wait for what is held here
 				a.plan(ctx, l)
 			}
 			a.mu.Unlock()
@@ -196,6 +200,7 @@ func (a *accounts) serve(ctx context.Context, l *line) {
 		l.due, l.stale = false, false
 		a.mu.Unlock()
 		errs, err := a.commit(ctx, l, group)
+		failed = err != nil
 		if err != nil && len(group) == 0 {
 			log.FromContext(ctx).Error(err, "enter what was granted into the ledger of a quota; tried again in a moment")
 		}
@@ -229,6 +234,9 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 		return nil, nil
 	}
 	a.mu.Lock()
+	if l.tenant != nil && l.tenant.UID != tenant.UID {
+		l.escrow.Lost() // it was held in the ledger of another Tenant of that name
+	}
 	l.tenant = tenant
 	a.mu.Unlock()
 	if l.ledger != nil && !metav1.IsControlledBy(l.ledger, tenant) {
@@ -265,7 +273,7 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 			behind = behind || errors.Is(err, quota.ErrBehind)
 			held = held || errors.Is(err, quota.ErrHeld)
 		}
-		waited := !recalled.IsZero() && a.clock.Since(recalled) > recallTimeout
+		waited := !recalled.IsZero() && a.clock.Since(recalled) > a.patience
 		switch {
 		case behind:
 			// Another replica has seen more than this one. It comes.
@@ -279,7 +287,7 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 			if recalled.IsZero() {
 				recalled = a.clock.Now()
 			}
-			if err := a.recall(ctx, l); err != nil {
+			if err := a.recall(ctx, tenant.Name, l); err != nil {
 				return nil, err
 			}
 			continue
@@ -292,6 +300,7 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 				return d.Errs, nil
 			case apierrors.IsConflict(err), apierrors.IsNotFound(err):
 				l.ledger = nil
+				l.escrow.Lost() // a request that was repeated, as its answer was lost, looks the same
 				continue
 			}
 			l.ledger = nil
@@ -501,7 +510,7 @@ func (a *accounts) forget(tenants []v1alpha1.Tenant) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	maps.DeleteFunc(a.lines, func(name string, l *line) bool { return !exist[name] && !l.busy })
+	maps.DeleteFunc(a.lines, func(name string, l *line) bool { return !exist[name] && !l.busy && !l.planned })
 }
 
 // settle drops the reservations that are seen, and those that were never written, and

@@ -37,6 +37,7 @@ func accountsWith(t *testing.T, config *rest.Config) *accounts {
 		t.Fatal(err)
 	}
 	a.timeout = patience
+	a.patience = patience / 2
 	a.clock = &shiftedClock{}
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -88,11 +89,16 @@ func TestAccountsOfTenantMadeAnew(t *testing.T) {
 		}
 		return nil
 	})
-	newBounded(t, "anew", hard("services", "0", "persistentvolumeclaims", "0"))
+	newBounded(t, "anew", hard("services", "0", "configmaps", "0"))
 	service := quota.Claim{UID: "two", Resource: quota.Services, Namespace: "none", Name: "two", Usage: hard("services", "1")}
 	err := a.reserve(ctx, getTenant(t, "anew"), service)
 	if exceeded := new(quota.ExceededError); !errors.As(err, &exceeded) {
 		t.Errorf("a Service is answered %v, want a refusal", err)
+	}
+	// What was held of the earlier one is not granted.
+	err = a.reserve(ctx, getTenant(t, "anew"), configMapOf("four"))
+	if exceeded := new(quota.ExceededError); !errors.As(err, &exceeded) {
+		t.Errorf("a ConfigMap is answered %v, want a refusal", err)
 	}
 	// Who holds the earlier one still does not decide by the later one's ledger.
 	if err := a.reserve(ctx, first, configMapOf("three")); err == nil {

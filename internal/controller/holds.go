@@ -27,17 +27,30 @@ const (
 	recallTimeout, recallPoll = time.Second, 20 * time.Millisecond
 	// closeTimeout bounds how long a replica that ends gives back what it holds, and
 	// closeParallel how many ledgers it writes at the same time.
-	closeTimeout, closeParallel = 5 * time.Second, 8
+	closeTimeout, closeParallel = 3 * time.Second, 8
 )
 
 // recall asks the other replicas for what they hold, and waits a moment for them to give
-// it back. Then the ledger must be read again.
-func (a *accounts) recall(ctx context.Context, l *line) error {
+// it back. Then the ledger must be read again. What others want back of this one it gives
+// first, or two would wait for each other.
+func (a *accounts) recall(ctx context.Context, tenant string, l *line) error {
 	next := l.ledger.DeepCopy()
 	l.ledger = nil
-	if l.escrow.Recall(&next.Spec) {
-		if err := a.direct.Update(ctx, next); err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
-			return fmt.Errorf("ask for what other controllers hold of the quota of the Tenant %s, try again: %w", next.Name, err)
+	back := l.escrow.Recalled(&next.Spec)
+	if back {
+		a.view.Decide(tenant, &next.Spec, nil, a.clock.Now().Add(claimTTL), l.escrow)
+	}
+	if l.escrow.Recall(&next.Spec) || back {
+		err := a.direct.Update(ctx, next)
+		switch {
+		case err == nil && back:
+			l.escrow.Written(&next.Spec)
+		case err == nil:
+		default:
+			l.escrow.Lost()
+			if !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+				return fmt.Errorf("ask for what other controllers hold of the quota of the Tenant %s, try again: %w", next.Name, err)
+			}
 		}
 	}
 	select {

@@ -286,6 +286,7 @@ func newReplica(t *testing.T) *replica {
 		t.Fatal(err)
 	}
 	accounts.timeout = patience
+	accounts.patience = patience / 2
 	accounts.clock = &shiftedClock{}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
