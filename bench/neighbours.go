@@ -202,9 +202,12 @@ func (r *requester) do(ctx context.Context, method, path, body string) (int, err
 // has to wait does not keep others from being measured.
 func (r *requester) latencies(ctx context.Context) (map[string]float64, error) {
 	const path = "/api/v1/namespaces/" + quiet + "/configmaps"
-	kinds := []struct{ name, method, path, body string }{
-		{smallGet, http.MethodGet, path + "/small", ""},
-		{smallCreate, http.MethodPost, path + "?dryRun=All", `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"new"}}`},
+	kinds := []struct {
+		name, method, path, body string
+		code                     int
+	}{
+		{smallGet, http.MethodGet, path + "/small", "", http.StatusOK},
+		{smallCreate, http.MethodPost, path + "?dryRun=All", `{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"new"}}`, http.StatusCreated},
 	}
 	var mu sync.Mutex
 	samples := map[string][]float64{}
@@ -225,7 +228,7 @@ func (r *requester) latencies(ctx context.Context) (map[string]float64, error) {
 			took := time.Since(began)
 			mu.Lock()
 			defer mu.Unlock()
-			if err == nil && code/100 != 2 {
+			if err == nil && code != kind.code {
 				err = fmt.Errorf("a %s was answered with %d", kind.name, code)
 			}
 			failed = errors.Join(failed, err)

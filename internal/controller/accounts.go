@@ -46,7 +46,7 @@ const (
 // ledger. Claims that cannot be, and those that come while the ledger is being
 // written, wait and are written together: a crowd costs hardly more writes than one.
 type accounts struct {
-	// holder is this process in ledgers.
+	// holder is this process in ledgers: the names of its lines' escrows begin with it.
 	holder string
 	cached client.Reader
 	// direct asks the API server, and does not wait for the reconcilers' rate limit.

@@ -259,11 +259,14 @@ func once(f func()) func() {
 func (tn tenant) waitsBecause(t testing.TB, pod, why string) {
 	t.Helper()
 	eventually(t, func() error {
-		out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector=involvedObject.name="+pod+",type=Warning", "-o", "jsonpath={.items[*].message}")
-		if err != nil || !strings.Contains(out, why) {
-			return fmt.Errorf("no event of pod %s says %q: %q, %w", pod, why, out, err)
+		out, err := try(tn.owner, "get", "events", "-n", tn.ns, "--field-selector=involvedObject.name="+pod+",type=Warning", "-o", `jsonpath={range .items[*]}{.reason} {.message}{"\n"}{end}`)
+		for event := range strings.Lines(out) {
+			reason, message, _ := strings.Cut(event, " ")
+			if (reason == "FailedCreatePodSandBox" || reason == "NetworkNotReady") && strings.Contains(message, why) {
+				return nil
+			}
 		}
-		return nil
+		return fmt.Errorf("no event of pod %s says %q: %q, %w", pod, why, out, err)
 	})
 	if ip := tn.ip(t, pod); ip != "" {
 		t.Errorf("pod %s waits and has the address %s", pod, ip)
