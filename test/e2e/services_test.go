@@ -48,7 +48,8 @@ func TestServices(t *testing.T) {
 }
 
 // serverPod serves agnhost netexec on port, TCP and UDP, named http and udp, and
-// on port+100 once more. It is Ready as long as podReady exists.
+// on port+100 once more. It is Ready as long as podReady exists. Told to end, it still serves for
+// longer than a busy machine needs to see that, if it is given the time.
 func serverPod(name, node string, port int, extra string) string {
 	if extra != "" {
 		extra = "\n  " + strings.ReplaceAll(extra, ", ", "\n  ")
@@ -64,7 +65,7 @@ spec:
   - name: agnhost
     image: localhost/agnhost:latest
     imagePullPolicy: Never
-    command: [sh, -c, "mkdir /tmp/www && touch %[6]s && httpd -p 8090 -h /tmp/www && /agnhost netexec --http-port=%[7]d --udp-port=%[7]d & exec /agnhost netexec --http-port=%[3]d --udp-port=%[3]d --delay-shutdown=40"]
+    command: [sh, -c, "mkdir /tmp/www && touch %[6]s && httpd -p 8090 -h /tmp/www && /agnhost netexec --http-port=%[7]d --udp-port=%[7]d & exec /agnhost netexec --http-port=%[3]d --udp-port=%[3]d --delay-shutdown=200"]
     ports: [{name: http, containerPort: %[3]d}, {name: udp, containerPort: %[3]d, protocol: UDP}, {name: more, containerPort: %[7]d}]
     readinessProbe: {httpGet: {path: /ready, port: 8090}, periodSeconds: 1, timeoutSeconds: 10}
 `, name, node, port, map[bool]string{true: "no", false: "yes"}[name == "client"], extra, podReady, port+100)
@@ -177,24 +178,36 @@ func (s shop) testAffinity(t *testing.T) {
 	ip := s.clusterIP(t, "sticky")
 	for _, from := range []string{"client", "one", "two"} {
 		for _, proto := range []string{"http", "udp"} {
-			// One call first: calls made at once may all be the first.
-			var first []string
-			for _, times := range []int{1, 32} {
-				eventually(t, func() error {
-					who, failures := s.answers(t, from, proto, ip+":80", times)
-					if len(who) > 1 || len(first) > 0 && len(who) > 0 && !slices.Equal(who, first) {
-						t.Fatalf("%s from %s with affinity: answered by %v, and first by %v; want one of them only", proto, from, who, first)
-					}
-					if len(failures) > 0 {
-						return fmt.Errorf("%s from %s with affinity: %v", proto, from, failures)
-					}
-					first = who
-					return nil
-				})
-			}
+			eventually(t, func() error {
+				before := s.readiness(t, "one", "two")
+				// One call first: calls made at once may all be the first.
+				first, failures := s.answers(t, from, proto, ip+":80", 1)
+				if len(failures) > 0 {
+					return fmt.Errorf("%s from %s with affinity: %v", proto, from, failures)
+				}
+				who, failures := s.answers(t, from, proto, ip+":80", 32)
+				others := slices.DeleteFunc(who, func(pod string) bool { return slices.Contains(first, pod) })
+				if after := s.readiness(t, "one", "two"); len(others) > 0 && after != before {
+					return fmt.Errorf("a pod was not Ready for a moment, and its clients are the other's: %s, then %s", before, after)
+				}
+				if len(others) > 0 {
+					t.Fatalf("%s from %s with affinity: answered by %v, and first by %v; want one of them only", proto, from, others, first)
+				}
+				if len(failures) > 0 {
+					return fmt.Errorf("%s from %s with affinity: %v", proto, from, failures)
+				}
+				return nil
+			})
 		}
 	}
 	// Its control, a Service of the same pods without affinity, is in testClusterIP.
+}
+
+// readiness says of pods whether they are Ready, and since when.
+func (s shop) readiness(t testing.TB, pods ...string) string {
+	t.Helper()
+	const since = `jsonpath={range .items[*]}{.metadata.name} {.status.conditions[?(@.type=="Ready")].status} {.status.conditions[?(@.type=="Ready")].lastTransitionTime}; {end}`
+	return kubectl(t, s.owner, append([]string{"get", "pods", "-n", s.ns, "-o", since}, pods...)...)
 }
 
 // testHairpin has a pod call a Service that only itself is behind.
@@ -260,8 +273,12 @@ func (s shop) testNotReadyAddresses(t *testing.T) {
 // connections only where there is nobody else, and keeps those that it has.
 func (s shop) testTerminating(t *testing.T) {
 	leaving := strings.Replace(serverPod("leaving", nodes(t)[1], 8080, ""), `web: "yes"`, `leaving: "maybe"`, 1)
-	s.run(t, strings.Replace(leaving, "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 60", 1))
+	s.run(t, strings.Replace(leaving, "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 220", 1))
 	s.waitReady(t, "leaving")
+	end := once(func() { // it does not wait for all of the pod's time
+		kubectl(t, s.owner, "delete", "pod", "leaving", "-n", s.ns, "--ignore-not-found", "--grace-period=1", "--timeout=4m")
+	})
+	defer end()
 	kubectl(t, s.owner, "label", "pod", "one", "-n", s.ns, "leaving=maybe")
 	defer kubectl(t, s.owner, "label", "pod", "one", "-n", s.ns, "leaving-")
 	alone, shared := s.clusterIP(t, "leaving")+":80", s.clusterIP(t, "leaving-or-one")+":80"
@@ -279,7 +296,7 @@ func (s shop) testTerminating(t *testing.T) {
 	s.settle(t, "client", "http", shared, "one")
 	s.settle(t, "client", "http", alone, "leaving")
 	// Gone at last, there is nobody.
-	kubectl(t, s.owner, "delete", "pod", "leaving", "-n", s.ns, "--ignore-not-found", "--grace-period=1", "--timeout=4m")
+	end()
 	s.refusedEverywhere(t, alone)
 	s.settle(t, "client", "http", shared, "one")
 }
@@ -299,9 +316,16 @@ func (s shop) testPortsChange(t *testing.T) {
 
 // testAPIServer uses the ServiceAccount's token and CA as a program in a pod does.
 func (s shop) testAPIServer(t *testing.T) {
-	get := func(host, path string) string {
-		o := s.dial(t, "client", probe.Target{Proto: "api", Address: host, Path: path})[0]
-		return o.Answer + o.Detail
+	get := func(host, path string) (answer string) {
+		t.Helper()
+		eventually(t, func() error { // any answer will do: who asks knows which is right
+			o := s.dial(t, "client", probe.Target{Proto: "api", Address: host, Path: path})[0]
+			if answer = o.Answer; o.Failure != "" {
+				return fmt.Errorf("%s of %s: %s %s", path, host, o.Failure, o.Detail)
+			}
+			return nil
+		})
+		return answer
 	}
 	pods := "/api/v1/namespaces/" + s.ns + "/pods"
 	const forbidden = "403 "
