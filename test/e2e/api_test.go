@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -41,28 +42,48 @@ func restConfig(t testing.TB, user string) *rest.Config {
 	return config
 }
 
+// send makes a request, and again as long as nobody has judged it: the API server did not
+// answer, or had too much to do (429).
+func (c apiClient) send(method, path string, body any) (*http.Response, error) {
+	var data []byte
+	if body != nil {
+		var err error
+		if data, err = json.Marshal(body); err != nil {
+			return nil, err
+		}
+	}
+	contentType := "application/json"
+	if method == http.MethodPatch {
+		contentType = "application/merge-patch+json"
+	}
+	var resp *http.Response
+	err := poll(patience, func() error {
+		req, err := http.NewRequestWithContext(context.Background(), method, c.host+path, bytes.NewReader(data))
+		if err != nil {
+			return err
+		}
+		req.Header.Set("Content-Type", contentType)
+		if resp, err = c.http.Do(req); err != nil { //nolint:bodyclose // whose answer it is closes it
+			return err
+		}
+		if resp.StatusCode == http.StatusTooManyRequests {
+			resp.Body.Close()
+			return errors.New(resp.Status)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	return resp, nil
+}
+
 // do makes one request. The body of an accepted request is not read: a watch has
 // none that ends.
 func (c apiClient) do(method, path string, body any) (code int, answer string, err error) {
-	var data []byte
-	if body != nil {
-		if data, err = json.Marshal(body); err != nil {
-			return 0, "", err
-		}
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, method, c.host+path, bytes.NewReader(data))
+	resp, err := c.send(method, path, body)
 	if err != nil {
 		return 0, "", err
-	}
-	req.Header.Set("Content-Type", "application/json")
-	if method == http.MethodPatch {
-		req.Header.Set("Content-Type", "application/merge-patch+json")
-	}
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return 0, "", fmt.Errorf("%s %s: %w", method, path, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode < http.StatusBadRequest {
@@ -75,11 +96,7 @@ func (c apiClient) do(method, path string, body any) (code int, answer string, e
 // post sends an object and decodes the answer into the same type.
 func post[T any](c apiClient, path string, obj T) (T, error) {
 	var answer T
-	data, err := json.Marshal(obj)
-	if err != nil {
-		return answer, err
-	}
-	resp, err := c.http.Post(c.host+path, "application/json", bytes.NewReader(data))
+	resp, err := c.send(http.MethodPost, path, obj)
 	if err != nil {
 		return answer, err
 	}
