@@ -103,16 +103,28 @@ func (p *person) try(stdin string, argv ...string) (string, error) {
 // do is try that must succeed and print all of these.
 func (p *person) do(t testing.TB, argv []string, want ...string) {
 	t.Helper()
+	if err := p.says(argv, want...); err != nil {
+		t.Error(err)
+	}
+}
+
+// sees waits until the person is told all of these: what she asks may have heard of a change later than she.
+func (p *person) sees(t testing.TB, argv []string, want ...string) {
+	t.Helper()
+	eventually(t, func() error { return p.says(argv, want...) })
+}
+
+func (p *person) says(argv []string, want ...string) error {
 	out, err := p.try("", argv...)
 	if err != nil {
-		t.Error(err)
-		return
+		return err
 	}
 	for _, w := range want {
 		if !strings.Contains(out, w) {
-			t.Errorf("%s does not say %q:\n%s", strings.Join(argv, " "), w, out)
+			return fmt.Errorf("%s does not say %q:\n%s", strings.Join(argv, " "), w, out)
 		}
 	}
+	return nil
 }
 
 // refused asserts that it fails, and says so.
@@ -126,7 +138,7 @@ func (p *person) refused(t testing.TB, want string, argv ...string) {
 // types runs a program on a terminal and types what it asks for out of sight.
 func (p *person) types(t testing.TB, question, secret string, argv ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	out, err := terminal.Answer(ctx, p.command(ctx, argv...), question, secret)
 	if err != nil {
@@ -284,17 +296,17 @@ spec:
 			_, err := ann.try(pod("web", "", ""), "kubectl", "apply", "-n", "login-shop", "-f", "-")
 			return err
 		})
-		ann.do(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
-		ann.do(t, []string{"kubectl", "get", "namespaces", "-l", "h8s.io/tenant=login"}, "login-shop")
+		ann.sees(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
+		ann.sees(t, []string{"kubectl", "get", "namespaces", "-l", "h8s.io/tenant=login"}, "login-shop")
 		ann.refused(t, "(Forbidden)", "kubectl", "get", "namespaces")
 		ann.refused(t, "(Forbidden)", "kubectl", "get", "pods", "-n", systemNamespace)
 	})
 	t.Run("WhoAmI", func(t *testing.T) {
 		for _, argv := range [][]string{{"h8s", "whoami"}, {"kubectl", "h8s", "whoami"}} {
-			ann.do(t, argv, member, "keystone:role:Default/shop/deployer", "tenant login", "owner", "namespace login-shop")
+			ann.sees(t, argv, member, "keystone:role:Default/shop/deployer", "tenant login", "owner", "namespace login-shop")
 		}
-		ann.do(t, []string{"kubectl", "h8s", "ns"}, "login-shop")
-		ann.do(t, []string{"kubectl", "h8s", "tenants"}, "login")
+		ann.sees(t, []string{"kubectl", "h8s", "ns"}, "login-shop")
+		ann.sees(t, []string{"kubectl", "h8s", "tenants"}, "login")
 	})
 	bob := newPerson(t)
 	t.Run("Cloud", func(t *testing.T) {
@@ -307,7 +319,7 @@ spec:
 			t.Fatal(err)
 		}
 		bob.do(t, login("--os-cloud", "work"), "logged in")
-		bob.do(t, []string{"h8s", "whoami"}, "keystone:Default/bob", "none")
+		bob.sees(t, []string{"h8s", "whoami"}, "keystone:Default/bob", "none")
 		// Of the same project, and no member.
 		bob.refused(t, "(Forbidden)", "kubectl", "get", "pods", "-n", "login-shop")
 		bob.refused(t, "(Forbidden)", "kubectl", "get", "namespaces", "-l", "h8s.io/tenant=login")
@@ -320,7 +332,7 @@ spec:
 		}
 		ci := newPerson(t, "OS_AUTH_TYPE=v3applicationcredential", "OS_AUTH_URL="+k.url, "OS_APPLICATION_CREDENTIAL_ID="+app.ID, "OS_APPLICATION_CREDENTIAL_SECRET="+app.Secret)
 		ci.do(t, login(), "logged in")
-		ci.do(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
+		ci.sees(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
 		ci.do(t, []string{"h8s", "logout"}, "is over")
 	})
 	carla := newPerson(t, k.scope(k.carla, k.plant)...)
@@ -330,7 +342,7 @@ spec:
 		kubectl(t, admin, "create", "namespace", "login-plant")
 		kubectl(t, admin, "label", "namespace", "login-plant", "h8s.io/tenant=plant")
 		carla.types(t, "Password of "+k.carla.Name, carlasPassword, login()...)
-		carla.do(t, []string{"h8s", "whoami"}, "keystone:Default/carla", "tenant plant", "edit")
+		carla.sees(t, []string{"h8s", "whoami"}, "keystone:Default/carla", "tenant plant", "edit")
 		eventually(t, func() error {
 			_, err := carla.try("", "kubectl", "create", "configmap", "hers", "-n", "login-plant")
 			return err
@@ -342,8 +354,8 @@ spec:
 		}
 	})
 	t.Run("Revoked", func(t *testing.T) {
-		ann.do(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
-		bob.do(t, []string{"kubectl", "auth", "whoami"}, "keystone:Default/bob")
+		ann.sees(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
+		bob.sees(t, []string{"kubectl", "auth", "whoami"}, "keystone:Default/bob")
 		if err := roles.Unassign(t.Context(), k.admin, k.role.ID, roles.UnassignOpts{UserID: k.ann.ID, ProjectID: k.project.ID}).ExtractErr(); err != nil {
 			t.Fatal(err)
 		}
@@ -364,7 +376,7 @@ spec:
 			t.Fatal(err)
 		}
 		ann.types(t, "Password of "+k.ann.Name, annsPassword, login()...)
-		ann.do(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
+		ann.sees(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
 	})
 	t.Run("Logout", func(t *testing.T) {
 		token, err := ann.token()
@@ -384,8 +396,8 @@ spec:
 			_, err := her.try("", "kubectl", "auth", "whoami")
 			return err
 		})
-		her.do(t, []string{"h8s", "whoami"}, oidcPrefix+dex.Email, oidcPrefix+"system:masters", "tenant login", "view")
-		her.do(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
+		her.sees(t, []string{"h8s", "whoami"}, oidcPrefix+dex.Email, oidcPrefix+"system:masters", "tenant login", "view")
+		her.sees(t, []string{"kubectl", "get", "pods", "-n", "login-shop"}, "web")
 		her.refused(t, "(Forbidden)", "kubectl", "delete", "pod", "web", "-n", "login-shop")
 		her.refused(t, "(Forbidden)", "kubectl", "get", "nodes") // whatever her group is called
 	})
@@ -398,7 +410,7 @@ spec:
 			}
 			return nil
 		})
-		carla.do(t, []string{"h8s", "whoami"}, `the Tenant "plant" is suspended`)
+		carla.sees(t, []string{"h8s", "whoami"}, `the Tenant "plant" is suspended`)
 		kubectl(t, admin, "get", "configmap", "hers", "-n", "login-plant")
 	})
 }
@@ -439,7 +451,7 @@ func (p *person) token() (string, error) {
 // device logs in where the provider is, and approves that in a browser.
 func (p *person) device(t *testing.T, provider *dex.Provider, argv ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	argv[0] = filepath.Join(cluster.bin, argv[0])
 	cmd := p.command(ctx, append(append([]string{}, provider.Enter...), argv...)...)
