@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -41,25 +40,25 @@ func TestUpstream(t *testing.T) {
 	t.Run("Programs", func(t *testing.T) {
 		for _, n := range nodes(t) {
 			for _, program := range []string{"containerd", "kubelet", "kube-proxy"} {
-				if found := processes(n, program); len(found) != 1 {
-					t.Errorf("node %s runs %s %d times", n, program, len(found))
-				}
+				only(t, n, program) // a child of it, before it becomes another program, is of that name
 			}
 		}
 	})
 	t.Run("Doctor", func(t *testing.T) {
-		eventually(t, func() error {
-			if wrong := doctor(t); wrong != "" {
-				return fmt.Errorf("h8s doctor: %s", wrong)
+		doctorContent(t)
+	})
+	t.Run("AlreadyUp", func(t *testing.T) {
+		awaitCluster(t)
+		eventually(t, func() error { // it gives the nodes a moment to say that they are ready
+			out, err := h8sOutput(patience, "up", "--name", cluster.cluster)
+			if strings.Contains(out, "changed since") {
+				t.Fatalf("h8s up again finds what nobody has changed: %s", out)
+			}
+			if err != nil || !strings.Contains(out, "already up") {
+				return fmt.Errorf("h8s up again: %w: %s", err, out)
 			}
 			return nil
 		})
-	})
-	t.Run("AlreadyUp", func(t *testing.T) {
-		out, err := h8sOutput(30*time.Second, "up", "--name", cluster.cluster)
-		if err != nil || !strings.Contains(out, "already up") {
-			t.Errorf("h8s up again: %v: %s", err, out)
-		}
 	})
 }
 
@@ -275,8 +274,9 @@ func TestKill(t *testing.T) {
 		for name, in := range map[string]tenant{"shim": tn, "sandbox": tn, "gofer": tn, "shim of runc": system} {
 			pod, _, _ := strings.Cut(name, " ")
 			eventually(t, func() error {
+				// The kubelet may try it once in the sandbox that ends with it, and counts that.
 				out, err := restartsAndReady(in, pod)
-				if err != nil || out != "1 True" {
+				if err != nil || out != "1 True" && out != "2 True" {
 					return fmt.Errorf("%s was killed: restarts and readiness of its pod: %q, %w", name, out, err)
 				}
 				return nil
@@ -285,9 +285,16 @@ func TestKill(t *testing.T) {
 				eventually(t, func() error { return tn.connect("client", tn.ip(t, pod)+":8080", "tcp") })
 			}
 		}
-		if out, err := restartsAndReady(tn, "before"); err != nil || out != "0 True" {
-			t.Errorf("restarts and readiness of a pod of which nothing was killed: %q, %v", out, err)
-		}
+		eventually(t, func() error {
+			out, err := restartsAndReady(tn, "before")
+			if err == nil && !strings.HasPrefix(out, "0 ") {
+				t.Fatalf("restarts and readiness of a pod of which nothing was killed: %q", out)
+			}
+			if err != nil || out != "0 True" {
+				return fmt.Errorf("readiness of a pod of which nothing was killed: %q, %w", out, err)
+			}
+			return nil
+		})
 		converged(t, other)
 	})
 	t.Run("Init", func(t *testing.T) {

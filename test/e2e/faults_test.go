@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -139,7 +140,7 @@ func upgrade(t *testing.T) (rollBack func()) {
 	caches := t.TempDir()
 	helm := func(args ...string) {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+		ctx, cancel := context.WithTimeout(context.Background(), patience+time.Minute)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, filepath.Join(cluster.bin, "helm"),
 			append(args, "--namespace", systemNamespace, "--kubeconfig", kubeconfigPath(admin), "--wait", "--timeout", "4m")...)
@@ -463,16 +464,7 @@ func testConflict(t *testing.T, tn tenant) {
 // testLeftovers makes what a crash could leave and lets doctor find it, before
 // those who would clean it up.
 func testLeftovers(t *testing.T, tn tenant) {
-	nothing := func(when string) {
-		t.Helper()
-		eventually(t, func() error {
-			if wrong := doctor(t); wrong != "" {
-				return fmt.Errorf("%s: h8s doctor: %s", when, wrong)
-			}
-			return nil
-		})
-	}
-	nothing("before")
+	doctorContent(t)
 	node := nodes(t)[1]
 	record, err := json.Marshal(network.Attachment{
 		ContainerID: "0123456789abcdef", IfName: "eth0", Network: tn.name, Address: netip.MustParseAddr("10.0.255.1"),
@@ -502,9 +494,7 @@ func testLeftovers(t *testing.T, tn tenant) {
 			defer resume()
 			onNode(t, node, test.add)
 			defer func() { _, _ = tryNode(node, test.del) }()
-			if wrong := doctor(t); !strings.Contains(wrong, test.want) || !strings.Contains(wrong, node) {
-				t.Errorf("h8s doctor does not report %s on %s: %q", test.want, node, wrong)
-			}
+			doctorReports(t, test.want, node)
 		})
 	}
 	t.Run("Blocks", func(t *testing.T) {
@@ -536,12 +526,7 @@ func testLeftovers(t *testing.T, tn tenant) {
 			t.Cleanup(func() { _, _ = try(admin, "delete", "block", name, "--ignore-not-found") })
 			apply(t, admin, fmt.Sprintf("{apiVersion: h8s.io/v1alpha1, kind: Block, metadata: {name: %s}, spec: {%s}}", name, spec))
 		}
-		wrong := doctor(t)
-		for name := range blocks {
-			if !strings.Contains(wrong, name) {
-				t.Errorf("h8s doctor does not report Block %s: %q", name, wrong)
-			}
-		}
+		doctorReports(t, slices.Collect(maps.Keys(blocks))...)
 		resume()
 		back()
 		eventually(t, func() error {
@@ -551,7 +536,7 @@ func testLeftovers(t *testing.T, tn tenant) {
 			return nil
 		})
 	})
-	nothing("after all is removed")
+	doctorContent(t)
 }
 
 // TestCleanUp deletes all that a tenant had and looks for what is left of it on

@@ -161,6 +161,31 @@ func doctor(t testing.TB) string {
 	return strings.Join(wrong, "\n")
 }
 
+// doctorReports waits until doctor finds all of these wrong.
+func doctorReports(t testing.TB, wants ...string) {
+	t.Helper()
+	eventually(t, func() error { // of a node that answers late it says only that
+		wrong := doctor(t)
+		for _, want := range wants {
+			if !strings.Contains(wrong, want) {
+				return fmt.Errorf("h8s doctor does not report %s: %q", want, wrong)
+			}
+		}
+		return nil
+	})
+}
+
+// doctorContent waits until doctor finds nothing wrong.
+func doctorContent(t testing.TB) {
+	t.Helper()
+	eventually(t, func() error {
+		if wrong := doctor(t); wrong != "" {
+			return fmt.Errorf("h8s doctor: %s", wrong)
+		}
+		return nil
+	})
+}
+
 // h8sOutput runs our CLI and gives back all that it printed.
 func h8sOutput(within time.Duration, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)

@@ -19,7 +19,7 @@ import (
 // whatever make this test runs under is not its business.
 func makeTarget(t testing.TB, tree, scratchDir string, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "make", args...)
 	cmd.Dir = tree
@@ -85,6 +85,23 @@ func TestSideBySide(t *testing.T) {
 	}
 	b.config = manifest(t, b.config)
 	alreadyUp := fmt.Sprintf("cluster %q is already up\n", name)
+	// upAgain has nothing to do. It gives the nodes a moment to say that they are ready, and may look after
+	// them once more if they do not; what it does because of a change is wrong at once.
+	upAgain := func(t *testing.T) {
+		t.Helper()
+		eventually(t, func() error {
+			out := mk("up")
+			for _, did := range []string{"✓ build", "changed since", "older builds"} {
+				if strings.Contains(out, did) {
+					t.Fatalf("make up again finds what nobody has changed: %s", out)
+				}
+			}
+			if out != alreadyUp {
+				return fmt.Errorf("make up again does more than to say %q:\n%s", alreadyUp, out)
+			}
+			return nil
+		})
+	}
 
 	t.Run("Addresses", func(t *testing.T) {
 		// Each answers for itself, and their nodes do not share an address.
@@ -105,9 +122,7 @@ func TestSideBySide(t *testing.T) {
 	t.Run("Demo", func(t *testing.T) { b.testDemo(t, out) })
 	t.Run("AlreadyUp", func(t *testing.T) {
 		b.kubectl(t, "wait", "--for=condition=Ready", "nodes", "--all", "--timeout=4m")
-		if out := mk("up"); out != alreadyUp {
-			t.Errorf("make up again does more than to say %q:\n%s", alreadyUp, out)
-		}
+		upAgain(t)
 	})
 	t.Run("Refused", func(t *testing.T) {
 		for flag, want := range map[string]string{
@@ -157,13 +172,7 @@ func TestSideBySide(t *testing.T) {
 			t.Errorf("the pods are not of the new chart: %s", out)
 		}
 		b.webs(t)
-		// kubelet may find out late that its network plugin was away for a moment.
-		eventually(t, func() error {
-			if out := mk("up"); out != alreadyUp {
-				return fmt.Errorf("make up once more: %s", out)
-			}
-			return nil
-		})
+		upAgain(t) // kubelet may find out late that its network plugin was away for a moment
 	})
 	t.Run("Programs", func(t *testing.T) {
 		// Nothing starts etcd again before the end of this test.
@@ -173,22 +182,31 @@ func TestSideBySide(t *testing.T) {
 		if err := os.Link(filepath.Join(bin, "kube-proxy"), filepath.Join(bin, "kube-scheduler")); err != nil {
 			t.Fatal(err)
 		}
-		out, err := b.h8s("up", "--name", name)
-		if err != nil || !strings.Contains(out, "still runs older builds of etcd, kube-scheduler: ") || !strings.HasSuffix(out, alreadyUp) {
-			t.Errorf("h8s up does not say which programs have changed: %v: %s", err, out)
-		}
+		eventually(t, func() error {
+			out, err := b.h8s("up", "--name", name)
+			if !strings.Contains(out, "still runs older builds of etcd, kube-scheduler: ") {
+				t.Fatalf("h8s up does not say which programs have changed: %v: %s", err, out)
+			}
+			if err != nil || !strings.HasSuffix(out, alreadyUp) {
+				return fmt.Errorf("h8s up does more than to say which programs have changed: %w: %s", err, out)
+			}
+			return nil
+		})
 	})
 	// A virtual machine goes like everything else.
 	if _, err := tryInput(admin, ticker("machine", "n1", "", small), "--kubeconfig="+b.config, "apply", "-n", "acme-shop", "-f", "-"); err != nil {
 		t.Fatal(err)
 	}
 	b.kubectl(t, "wait", "-n", "acme-shop", "--for=condition=Ready", "pod/machine", "--timeout=4m")
-	if n := len(processesBelow("/h8s-"+name+"/", qemu)); n != 1 {
-		t.Errorf("%d virtual machines run, want 1", n)
-	}
-	if n := len(processesBelow("/h8s-"+name+"/", "runsc-sandbox")); n != 4 {
-		t.Errorf("%d sandboxes run, want the demo's 4", n)
-	}
+	eventually(t, func() error { // a child of a program, before it becomes another one, is of the same name
+		if n := len(processesBelow("/h8s-"+name+"/", qemu)); n != 1 {
+			return fmt.Errorf("%d virtual machines run, want 1", n)
+		}
+		if n := len(processesBelow("/h8s-"+name+"/", "runsc-sandbox")); n != 4 {
+			return fmt.Errorf("%d sandboxes run, want the demo's 4", n)
+		}
+		return nil
+	})
 	if out := mk("down"); out != fmt.Sprintf("cluster %q is down\n", name) {
 		t.Errorf("make down: %s", out)
 	}
@@ -198,10 +216,10 @@ func TestSideBySide(t *testing.T) {
 	if left, err := os.ReadDir(scratchDir); err != nil || len(left) > 0 {
 		t.Errorf("scratch files are left: %v, %v", left, err)
 	}
-	if _, err := h8sOutput(30*time.Second, "status", "--name", name); err == nil {
+	if _, err := h8sOutput(2*time.Minute, "status", "--name", name); err == nil {
 		t.Error("h8s status succeeds after h8s down")
 	}
-	if _, err := h8sOutput(30*time.Second, "down", "--name", name); err != nil {
+	if _, err := h8sOutput(2*time.Minute, "down", "--name", name); err != nil {
 		t.Errorf("h8s down again: %v", err)
 	}
 	kubectl(t, admin, "get", "nodes")
@@ -211,7 +229,7 @@ func TestSideBySide(t *testing.T) {
 type beside struct{ bin, config string }
 
 func (b beside) h8s(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, filepath.Join(b.bin, "h8s"), args...).CombinedOutput()
 	return string(out), err
@@ -347,10 +365,10 @@ func TestInterruptedUp(t *testing.T) {
 				t.Errorf("h8s up was not killed in its middle: %v", err)
 			}
 			if test.upAgain {
-				if out, err := h8sOutput(5*time.Minute, up...); err != nil {
+				if out, err := h8sOutput(10*time.Minute, up...); err != nil {
 					t.Errorf("h8s up again: %v: %s", err, out)
 				}
-				if out, err := h8sOutput(time.Minute, up...); err != nil || !strings.Contains(out, "already up") {
+				if out, err := h8sOutput(10*time.Minute, up...); err != nil || !strings.Contains(out, "already up") {
 					t.Errorf("h8s up once more: %v: %s", err, out)
 				}
 			}
