@@ -183,7 +183,7 @@ func dialFrom(t testing.TB, netns string, targets ...probe.Target) []probe.Outco
 // sendFrom sends packets from a network namespace of the machine.
 func sendFrom(t testing.TB, netns string, packets ...probe.Packet) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	cmd := probeIn(ctx, t, netns, "send")
 	cmd.Stdin = strings.NewReader(mustJSON(t, packets))
@@ -241,7 +241,7 @@ func (c *capture) lines(t testing.TB) []string {
 		if err != nil {
 			t.Fatalf("capture in %s: %v: %s", c.where, err, c.out.String())
 		}
-	case <-time.After(time.Minute):
+	case <-time.After(patience):
 		t.Fatalf("capture in %s: the control packet, which is allowed, did not arrive; seen: %s", c.where, c.out.String())
 	}
 	return strings.Split(strings.TrimSpace(strings.TrimPrefix(c.out.String(), "ready\n")), "\n")

@@ -134,7 +134,7 @@ func upgrade(t *testing.T) (rollBack func()) {
 	if err := relabel(filepath.Join(cluster.bin, "images", "h8s.tar"), archive, tag); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := h8sOutput(2*time.Minute, "image", "load", "--name", cluster.cluster, archive); err != nil {
+	if out, err := h8sOutput(6*time.Minute, "image", "load", "--name", cluster.cluster, archive); err != nil {
 		t.Fatalf("h8s image load: %v: %s", err, out)
 	}
 	caches := t.TempDir()

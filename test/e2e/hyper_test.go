@@ -68,6 +68,18 @@ func (tn tenant) shIn(t testing.TB, pod, container, script string) string {
 	return kubectl(t, tn.owner, "exec", "-n", tn.ns, pod, "-c", container, "--", "sh", "-c", script)
 }
 
+// showsIn waits until a script prints this in a container of a pod, whose own script may be late.
+func (tn tenant) showsIn(t testing.TB, pod, container, script, want string) {
+	t.Helper()
+	eventually(t, func() error {
+		out, err := try(tn.owner, "exec", "-n", tn.ns, pod, "-c", container, "--", "sh", "-c", script)
+		if err == nil && strings.TrimSpace(out) != want {
+			err = fmt.Errorf("%s: %s: %q, want %q", container, script, out, want)
+		}
+		return err
+	})
+}
+
 // status is what the API server says of a pod.
 func (tn tenant) status(pod string) (corev1.PodStatus, error) {
 	var p corev1.Pod
@@ -168,18 +180,12 @@ func testHyperContainers(t *testing.T, tn tenant) {
 	if m := status.InitContainerStatuses[0].State.Terminated; m == nil || m.Message != "first has ended" {
 		t.Errorf("the termination message of the first init container: %+v", m)
 	}
-	if got := tn.shIn(t, "whole", "two", "cat /shared/order"); got != "first\nside\nsecond\n" {
-		t.Errorf("init containers and sidecar ran in the order %q", got)
-	}
+	tn.showsIn(t, "whole", "two", "cat /shared/order", "first\nside\nsecond")
 	for _, c := range []string{"side", "one", "two", "three"} {
-		if got := tn.shIn(t, "whole", c, "cat /own"); got != "of "+c+"\n" {
-			t.Errorf("container %s sees the file of another: %q", c, got)
-		}
+		tn.showsIn(t, "whole", c, "cat /own", "of "+c)
 	}
-	for address, want := range map[string]string{"127.0.0.1:7001": "on loopback\n", "localhost:7000": "on port 7000\n"} {
-		if got := tn.shIn(t, "whole", "three", "wget -q -O - http://"+address+"/"); got != want {
-			t.Errorf("%s, from another container: %q", address, got)
-		}
+	for address, want := range map[string]string{"127.0.0.1:7001": "on loopback", "localhost:7000": "on port 7000"} {
+		tn.showsIn(t, "whole", "three", "wget -q -O - http://"+address+"/", want)
 	}
 	if got := tn.shIn(t, "whole", "three", "cat /hooked"); got != "hook\n" {
 		t.Errorf("the postStart hook left %q", got)
@@ -214,9 +220,7 @@ func testHyperIdentity(t *testing.T, tn tenant) {
 		"stat -f -c %T /dev/shm":                                                             "tmpfs",
 		"echo $KUBERNETES_SERVICE_HOST:$KUBERNETES_SERVICE_PORT":                             "10.96.0.1:443",
 	} {
-		if got := strings.TrimSpace(tn.shIn(t, "whole", "one", command+" || true")); got != want {
-			t.Errorf("%s: %q, want %q", command, got, want)
-		}
+		tn.showsIn(t, "whole", "one", command+" || true", want)
 	}
 }
 
@@ -227,9 +231,13 @@ func hyperSharedPID() string {
 
 func testHyperSharedPID(t *testing.T, tn tenant) {
 	tn.waitReady(t, "shared", "whole")
-	if out := tn.shIn(t, "shared", "one", "ps"); !strings.Contains(out, "sleep 20001") || !strings.Contains(out, "sleep 20002") {
-		t.Errorf("containers that share a PID namespace see:\n%s", out)
-	}
+	eventually(t, func() error { // a shell becomes what it executes a moment after it was started
+		out, err := try(tn.owner, "exec", "-n", tn.ns, "shared", "-c", "one", "--", "ps")
+		if err == nil && (!strings.Contains(out, "sleep 20001") || !strings.Contains(out, "sleep 20002")) {
+			err = fmt.Errorf("containers that share a PID namespace see:\n%s", out)
+		}
+		return err
+	})
 	if out := tn.shIn(t, "shared", "one", "cat /proc/$(pidof sleep | cut -d' ' -f1)/comm"); out != "sleep\n" {
 		t.Errorf("a process of the pod is %q", out)
 	}
@@ -358,11 +366,14 @@ func testHyperPolicies(t *testing.T, tn tenant) {
 	tn.restarts(t, "never", map[string]int32{"zero": 0, "seven": 0, "killed": 0, "terminated": 0})
 	tn.restarts(t, "always", map[string]int32{"zero": 1, "five": 1, "never": 0})
 	tn.exits(t, "always", map[string]int32{"zero": 0, "five": 5, "never": 0})
-	if out := kubectl(t, tn.owner, "logs", "always", "-n", tn.ns, "-c", "five", "--previous"); out != "life 1\n" {
-		t.Errorf("kubectl logs --previous: %q", out)
-	}
-	if out := kubectl(t, tn.owner, "logs", "always", "-n", tn.ns, "-c", "five"); out != "life 2\n" {
-		t.Errorf("kubectl logs: %q", out)
+	for previous, want := range map[string]string{"--previous=true": "life 1\n", "--previous=false": "life 2\n"} {
+		eventually(t, func() error {
+			out, err := try(tn.owner, "logs", "always", "-n", tn.ns, "-c", "five", previous)
+			if err != nil || out != want {
+				return fmt.Errorf("kubectl logs %s: %q, want %q, %w", previous, out, want, err)
+			}
+			return nil
+		})
 	}
 	tn.restarts(t, "onfailure", map[string]int32{"zero": 0, "three": 1})
 	for pod, want := range map[string]corev1.PodPhase{"never": corev1.PodFailed, "onfailure": corev1.PodSucceeded, "always": corev1.PodRunning} {
@@ -378,7 +389,7 @@ func testHyperPolicies(t *testing.T, tn tenant) {
 // hyperStopping's finalizer keeps the pod after its end, to read what it ended with.
 func hyperStopping() string {
 	// The first process of a PID namespace of its own would survive a signal that it does not handle.
-	p := flowPod("stopping", "shareProcessNamespace: true, terminationGracePeriodSeconds: 15",
+	p := flowPod("stopping", "shareProcessNamespace: true, terminationGracePeriodSeconds: 30",
 		shContainer("polite", `trap 'cat /hooked; echo terminated; exit 0' TERM; echo ready; while :; do sleep 0.1; done`, `lifecycle: {preStop: {exec: {command: [sh, -c, "echo hook >/hooked"]}}}`),
 		shContainer("stubborn", `trap 'echo refused' TERM; echo ready; while :; do sleep 0.1; done`, ""),
 		shContainer("plain", "exec sleep 100000", ""))
@@ -404,8 +415,8 @@ func testHyperStopping(t *testing.T, tn tenant) {
 	begin := time.Now()
 	kubectl(t, tn.owner, "delete", "pod", "stopping", "-n", tn.ns, "--wait=false")
 	tn.exits(t, "stopping", map[string]int32{"polite": 0, "stubborn": 137, "plain": 143})
-	if took := time.Since(begin); took < 10*time.Second {
-		t.Errorf("the pod ended after %s: its grace period is 15 seconds", took)
+	if took := time.Since(begin); took < 25*time.Second {
+		t.Errorf("the pod ended after %s: its grace period is 30 seconds", took)
 	}
 	for c, want := range map[string]string{"polite": "ready\nhook\nterminated\n", "stubborn": "ready\nrefused\n"} {
 		eventually(t, func() error {
@@ -441,15 +452,21 @@ func testHyperOOM(t *testing.T, tn tenant) {
 		}
 		return nil
 	})
-	if status, err := tn.status("oom"); err != nil {
-		t.Error(err)
-	} else {
+	eventually(t, func() error { // it may start when the other one has ended
+		status, err := tn.status("oom")
+		if err != nil {
+			return err
+		}
 		for _, s := range status.ContainerStatuses {
-			if s.Name == "neighbour" && (s.State.Running == nil || s.RestartCount != 0) {
-				t.Errorf("container %s: %+v", s.Name, s.State)
+			if s.Name == "neighbour" && (s.State.Terminated != nil || s.RestartCount != 0) {
+				t.Fatalf("container %s: %+v", s.Name, s.State)
+			}
+			if s.Name == "neighbour" && s.State.Running == nil {
+				return fmt.Errorf("container %s: %+v", s.Name, s.State)
 			}
 		}
-	}
+		return nil
+	})
 	if out := tn.shIn(t, "oom", "neighbour", "echo lives"); out != "lives\n" {
 		t.Errorf("the neighbour: %q", out)
 	}

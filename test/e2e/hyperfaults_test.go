@@ -339,7 +339,7 @@ func testConversion(t *testing.T, tn tenant) {
 	if err := addLayer(filepath.Join(cluster.bin, "images", "busybox.tar"), archive, tag); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := h8sOutput(2*time.Minute, "image", "load", "--name", cluster.cluster, archive); err != nil {
+	if out, err := h8sOutput(6*time.Minute, "image", "load", "--name", cluster.cluster, archive); err != nil {
 		t.Fatalf("h8s image load: %v: %s", err, out)
 	}
 	for i, n := range nodes(t) {

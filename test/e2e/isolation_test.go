@@ -674,7 +674,7 @@ const outsideHost = "203.0.113.250"
 func (r *rivals) testInternet(t *testing.T) {
 	const netns, outside = "h8s-e2e-outside", outsideHost
 	link, gateway := r.gateway(t)
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	t.Cleanup(func() { _ = exec.Command("ip", "netns", "delete", netns).Run() }) // its link goes with it
 	script := fmt.Sprintf(`set -e
@@ -999,7 +999,7 @@ func (r *rivals) testOtherProtocols(t *testing.T) {
 // nextHop is the hardware address of the portal's end of a pod's link.
 func (r *rivals) nextHop(t *testing.T, tn tenant, pod, netns string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, "nsenter", "--net="+netns, "ip", "-o", "link", "show", "eth0").CombinedOutput()
 	if err != nil {

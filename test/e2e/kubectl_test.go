@@ -32,7 +32,7 @@ func writeKubeconfig(user string, groups ...string) error {
 	for _, g := range groups {
 		args = append(args, "--group", g)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, filepath.Join(cluster.bin, "h8s"), args...).Output()
 	if err != nil {

@@ -156,7 +156,7 @@ func lockCluster(name string) (unlock func(), err error) {
 
 // h8s runs our CLI with its output on this process's.
 func h8s(args ...string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(cluster.bin, "h8s"), args...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr

@@ -194,9 +194,16 @@ func testAddresses(t *testing.T, tn tenant, node string) {
 				HostIP string
 			}
 		}
-		if err := json.Unmarshal([]byte(kubectl(t, tn.owner, "get", "pod", p, "-n", tn.ns, "-o", "json")), &got); err != nil {
-			t.Fatal(err)
-		}
+		eventually(t, func() error { // nobody has waited for the sick pod
+			out, err := try(tn.owner, "get", "pod", p, "-n", tn.ns, "-o", "json")
+			if err != nil {
+				return err
+			}
+			if err := json.Unmarshal([]byte(out), &got); err == nil && got.Status.PodIP == "" {
+				return fmt.Errorf("%s has no address yet", p)
+			}
+			return err
+		})
 		ip, err := netip.ParseAddr(got.Status.PodIP)
 		if err != nil || !cidr.Contains(ip) {
 			t.Errorf("%s: status.podIP %q is not in %s", p, got.Status.PodIP, cidr)
@@ -246,13 +253,16 @@ func testHealthy(t *testing.T, tn tenant) {
 	for kind := range probes {
 		want[kind] = true
 	}
-	got, restarts, err := containerReady(tn, "healthy")
-	if diff := cmp.Diff(want, got); err != nil || diff != "" {
-		t.Errorf("%v; ready containers (- want + got):\n%s", err, diff)
-	}
-	if restarts != 0 {
-		t.Errorf("%d restarts: a liveness probe failed", restarts)
-	}
+	eventually(t, func() error { // an answer that is late makes a container not ready for a moment
+		got, restarts, err := containerReady(tn, "healthy")
+		if restarts != 0 {
+			t.Fatalf("%d restarts: a liveness probe failed", restarts)
+		}
+		if diff := cmp.Diff(want, got); err != nil || diff != "" {
+			return fmt.Errorf("%w; ready containers (- want + got):\n%s", err, diff)
+		}
+		return nil
+	})
 }
 
 // testSick shows that each kind of probe tells a healthy server from a sick one. It asks
@@ -339,9 +349,13 @@ func testHooks(t *testing.T, tn tenant) {
 }
 
 func testLogs(t *testing.T, tn tenant) {
-	if out := kubectl(t, tn.owner, "logs", "-n", tn.ns, "healthy", "-c", "http", "--tail=200"); !strings.Contains(out, "msg=ready") {
-		t.Errorf("the log does not show kubelet's probes: %s", out)
-	}
+	eventually(t, func() error {
+		out, err := try(tn.owner, "logs", "-n", tn.ns, "healthy", "-c", "http", "--tail=200")
+		if err != nil || !strings.Contains(out, "msg=ready") {
+			return fmt.Errorf("the log does not show kubelet's probes: %s, %w", out, err)
+		}
+		return nil
+	})
 }
 
 func testExec(t *testing.T, tn tenant) {

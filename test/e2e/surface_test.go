@@ -34,24 +34,30 @@ func TestStatus(t *testing.T) {
 		PID                    int
 		Root                   string
 	}
-	var status struct {
+	type report struct {
 		Name                                                   string
 		Running, Ready, Complete, Product                      bool
 		Server, Subnet, Gateway, StateDir, Kubeconfig, Problem string
 		Nodes                                                  []node
 	}
-	out, err := h8sOutput(time.Minute, "status", "--name", cluster.cluster, "-o", "json")
-	if err != nil {
-		t.Fatalf("h8s status: %v: %s", err, out)
-	}
-	decoder := json.NewDecoder(strings.NewReader(out))
-	decoder.DisallowUnknownFields()
-	if err := decoder.Decode(&status); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	if status.Name != cluster.cluster || !status.Running || !status.Ready || !status.Complete || !status.Product || status.Problem != "" {
-		t.Errorf("status: %s", out)
-	}
+	var status report
+	awaitCluster(t)
+	eventually(t, func() error {
+		out, err := h8sOutput(time.Minute, "status", "--name", cluster.cluster, "-o", "json")
+		if err != nil {
+			return fmt.Errorf("h8s status: %w: %s", err, out)
+		}
+		decoder := json.NewDecoder(strings.NewReader(out))
+		decoder.DisallowUnknownFields()
+		status = report{}
+		if err := decoder.Decode(&status); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if status.Name != cluster.cluster || !status.Running || !status.Ready || !status.Complete || !status.Product || status.Problem != "" {
+			return fmt.Errorf("status: %s", out)
+		}
+		return nil
+	})
 	config, err := clientcmd.LoadFromFile(status.Kubeconfig)
 	if err != nil {
 		t.Fatal(err)
@@ -190,7 +196,7 @@ func TestImageLoad(t *testing.T) {
 			archive := filepath.Join(dir, format+".tar")
 			write(t, archive, ref, smallImage(t, format))
 			for range 2 { // again is no error
-				if out, err := h8sOutput(2*time.Minute, "image", "load", "--name", cluster.cluster, archive); err != nil {
+				if out, err := h8sOutput(6*time.Minute, "image", "load", "--name", cluster.cluster, archive); err != nil {
 					t.Fatalf("h8s image load: %v: %s", err, out)
 				}
 			}
@@ -225,13 +231,13 @@ spec:
 		if err := os.WriteFile(path, content, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		out, err := h8sOutput(time.Minute, "image", "load", "--name", cluster.cluster, path)
+		out, err := h8sOutput(6*time.Minute, "image", "load", "--name", cluster.cluster, path)
 		if err == nil || !strings.Contains(out, path+" is not a whole docker or OCI archive") {
 			t.Errorf("%s: %v: %s", file, err, out)
 		}
 	}
 	missing := filepath.Join(dir, "missing.tar")
-	if out, err := h8sOutput(time.Minute, "image", "load", "--name", cluster.cluster, missing); err == nil || !strings.Contains(out, "open "+missing+": no such file") {
+	if out, err := h8sOutput(6*time.Minute, "image", "load", "--name", cluster.cluster, missing); err == nil || !strings.Contains(out, "open "+missing+": no such file") {
 		t.Errorf("a file that is not there: %v: %s", err, out)
 	}
 }

@@ -368,9 +368,12 @@ func TestInterruptedUp(t *testing.T) {
 				if out, err := h8sOutput(10*time.Minute, up...); err != nil {
 					t.Errorf("h8s up again: %v: %s", err, out)
 				}
-				if out, err := h8sOutput(10*time.Minute, up...); err != nil || !strings.Contains(out, "already up") {
-					t.Errorf("h8s up once more: %v: %s", err, out)
-				}
+				eventually(t, func() error { // it gives the nodes a moment to say that they are ready
+					if out, err := h8sOutput(10*time.Minute, up...); err != nil || !strings.Contains(out, "already up") {
+						return fmt.Errorf("h8s up once more: %w: %s", err, out)
+					}
+					return nil
+				})
 			}
 			if out, err := h8sOutput(2*time.Minute, "down", "--name", name); err != nil {
 				t.Errorf("h8s down: %v: %s", err, out)

@@ -12,6 +12,7 @@ import (
 // TestWebhooks asks the controller what the API server asks it, from a node: it answers
 // the API server, as every other test shows, and nobody else.
 func TestWebhooks(t *testing.T) {
+	awaitCluster(t)
 	host := "https://" + kubectl(t, admin, "get", "service", "h8s-controller", "-n", systemNamespace, "-o", "jsonpath={.spec.clusterIP}")
 	dial := dialIn(nodeNetns(t, nodes(t)[0]))
 	for name, test := range map[string]struct {
