@@ -69,12 +69,19 @@ func TestPodLifecycle(t *testing.T) {
 		}
 		return err
 	})
-	if got, _, err := cli.lookUp("kubernetes.default.svc.cluster.local"); err != nil || len(got) != 1 || got[0] != kubernetes.Spec.ClusterIP {
-		t.Errorf("kubernetes.default: %v, %v", got, err)
-	}
-	if _, rcode, err := cli.lookUp("web.other.svc.cluster.local"); err != nil || rcode != mdns.RcodeNameError {
-		t.Errorf("a namespace that is not there: %s, %v", mdns.RcodeToString[rcode], err)
-	}
+	l.eventually("the API server has a name, and a namespace that is not there has none", func() error {
+		if got, _, err := cli.lookUp("kubernetes.default.svc.cluster.local"); err != nil || len(got) != 1 || got[0] != kubernetes.Spec.ClusterIP {
+			return fmt.Errorf("kubernetes.default: %v, %w", got, err)
+		}
+		_, rcode, err := cli.lookUp("web.other.svc.cluster.local")
+		switch {
+		case err == nil && rcode == mdns.RcodeSuccess:
+			t.Fatal("a namespace that is not there has a name")
+		case err == nil && rcode != mdns.RcodeNameError:
+			err = fmt.Errorf("a namespace that is not there: %s", mdns.RcodeToString[rcode])
+		}
+		return err
+	})
 
 	cli.remove()
 	for range 2 {
@@ -163,8 +170,11 @@ func TestRestart(t *testing.T) {
 	server := l.pod("stay", "server", "stay").add()
 	client := l.pod("stay", "client", "stay").add()
 	server.serve(8080)
-	conn, err := client.dial(server.address.String() + ":8080")
-	l.must(err)
+	var conn net.Conn
+	l.eventually("the server is reachable", func() (err error) {
+		conn, err = client.dial(server.address.String() + ":8080")
+		return err
+	})
 	defer conn.Close()
 	if got, err := readLine(conn); err != nil || got != "stay/server" {
 		t.Fatalf("%q, %v", got, err)

@@ -189,7 +189,7 @@ type slow struct {
 var errGone = errors.New("the person has gone")
 
 func (p *slow) Ask(ctx context.Context, _ string, _ bool) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	unlock, err := p.cache.lock(ctx, "s")
 	if p.locked = err; err == nil {

@@ -84,7 +84,7 @@ func TestMachine(t *testing.T) {
 		if err := m.vm.Err(); !errors.Is(err, vm.ErrPoweredOff) {
 			t.Errorf("the machine ended otherwise than by power off: %v", err)
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Error("the machine does not power off")
 	}
 }
@@ -469,7 +469,7 @@ func testDial(t *testing.T, m *machine) {
 	c := m.create("dial", spec("sh", "-c", "echo ready; nc -l -p 8080 -e cat"))
 	check(t, "output", m.line(c.stdout), "ready")
 	var conn net.Conn
-	for deadline := time.Now().Add(30 * time.Second); ; {
+	for deadline := time.Now().Add(2 * time.Minute); ; {
 		var err error
 		if conn, err = m.host.Open(t.Context(), channel.Dial, "8080"); err == nil {
 			break

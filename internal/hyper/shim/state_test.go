@@ -41,7 +41,7 @@ func TestCleanUpKillsOneProcess(t *testing.T) {
 			if test.killed {
 				select {
 				case <-ended:
-				case <-time.After(10 * time.Second):
+				case <-time.After(testTimeout):
 					t.Error("it still runs")
 				}
 				return
