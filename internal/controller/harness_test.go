@@ -217,7 +217,7 @@ func startControllerManager(ctx context.Context, bin string) (func() error, erro
 		_ = cmd.Wait()
 		return os.RemoveAll(dir)
 	}
-	err = await(ctx, func() error {
+	err = await(ctx, startTimeout, func() error {
 		var view unstructured.Unstructured
 		view.SetAPIVersion("rbac.authorization.k8s.io/v1")
 		view.SetKind("ClusterRole")
@@ -276,7 +276,7 @@ func awaitPolicies(ctx context.Context) error {
 		"ValidatingAdmissionPolicy 'h8s-service'": &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: ns.Name, Name: "probe"}, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 80}}, ExternalIPs: []string{"1.2.3.4"}}},
 		`"network.h8s.io" denied the request`:     networkOf("probe", "nobody-is-a-tenant", "10.0.0.0/16"),
 	} {
-		err := await(ctx, func() error {
+		err := await(ctx, startTimeout, func() error {
 			err := cluster.admin.Create(ctx, obj.DeepCopyObject().(client.Object), client.DryRunAll)
 			if err == nil || !strings.Contains(err.Error(), refusal) {
 				return fmt.Errorf("no refusal by %s yet: %w", refusal, err)
@@ -291,8 +291,8 @@ func awaitPolicies(ctx context.Context) error {
 }
 
 // await tries until the check passes. Checks are cheap and local; there is no state to watch that covers them all.
-func await(ctx context.Context, check func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+func await(ctx context.Context, limit time.Duration, check func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	ticker := time.NewTicker(50 * time.Millisecond)
 	defer ticker.Stop()
@@ -303,7 +303,7 @@ func await(ctx context.Context, check func() error) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("gave up after %s: %w", patience, err)
+			return fmt.Errorf("gave up after %s: %w", limit, err)
 		case <-ticker.C:
 		}
 	}
@@ -311,7 +311,7 @@ func await(ctx context.Context, check func() error) error {
 
 func eventually(t testing.TB, check func() error) {
 	t.Helper()
-	if err := await(t.Context(), check); err != nil {
+	if err := await(t.Context(), patience, check); err != nil {
 		t.Fatal(err)
 	}
 }
