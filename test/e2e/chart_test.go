@@ -199,24 +199,31 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 				return nil
 			})
 		}
-		if labels := kubectl(t, admin, "get", "nodes", "-o", "jsonpath={.items[*].metadata.labels}"); strings.Contains(labels, "h8s.io") {
-			t.Errorf("labels of nodes: %s", labels)
-		}
+		eventually(t, func() error {
+			labels, err := try(admin, "get", "nodes", "-o", "jsonpath={.items[*].metadata.labels}")
+			if err != nil || strings.Contains(labels, "h8s.io") {
+				return fmt.Errorf("labels of nodes: %s, %w", labels, err)
+			}
+			return nil
+		})
 		// The kinds stay, and nothing else does.
 		if crds := strings.Fields(kubectl(t, admin, "get", "crd", "-o", "name")); len(crds) != 5 {
 			t.Errorf("kinds: %v, want our five", crds)
 		}
-		left := kubectl(t, admin, "get", "tenants,networks,blocks,validatingadmissionpolicies,mutatingadmissionpolicies,validatingwebhookconfigurations,mutatingwebhookconfigurations,runtimeclasses", "-o", "name")
-		left += kubectl(t, admin, "get", "all,secrets,serviceaccounts", "-n", "h8s-system", "-o", "name", "--selector=app.kubernetes.io/name=h8s")
-		for line := range strings.Lines(kubectl(t, admin, "get", "clusterroles,clusterrolebindings", "-o", "name")) {
-			// One is the embedded cluster's own.
-			if strings.Contains(line, "h8s") && !strings.Contains(line, "kubelet") {
-				left += line
+		eventually(t, func() error { // what the garbage collector takes away goes later
+			left := kubectl(t, admin, "get", "tenants,networks,blocks,validatingadmissionpolicies,mutatingadmissionpolicies,validatingwebhookconfigurations,mutatingwebhookconfigurations,runtimeclasses", "-o", "name")
+			left += kubectl(t, admin, "get", "all,secrets,serviceaccounts", "-n", "h8s-system", "-o", "name", "--selector=app.kubernetes.io/name=h8s")
+			for line := range strings.Lines(kubectl(t, admin, "get", "clusterroles,clusterrolebindings", "-o", "name")) {
+				// One is the embedded cluster's own.
+				if strings.Contains(line, "h8s") && !strings.Contains(line, "kubelet") {
+					left += line
+				}
 			}
-		}
-		if left != "" {
-			t.Errorf("left in the cluster:\n%s", left)
-		}
+			if left != "" {
+				return fmt.Errorf("left in the cluster:\n%s", left)
+			}
+			return nil
+		})
 		reaches(t, visitor, service)
 		for i, n := range nodes(t) {
 			after := fmt.Sprintf("after-%d", i)

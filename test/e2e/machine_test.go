@@ -27,7 +27,9 @@ func (tn tenant) useHyper(t testing.TB) {
 		if err != nil || out != "hyper" {
 			return fmt.Errorf("the sandbox of namespace %s is %q, %w", tn.ns, out, err)
 		}
-		return nil
+		// Admission reads namespaces from a cache.
+		_, err = tryInput(tn.owner, ticker("probe", "none", "", small), "create", "-n", tn.ns, "--dry-run=server", "-f", "-")
+		return err
 	})
 }
 
