@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	authorizationv1 "k8s.io/api/authorization/v1"
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
+	flowcontrolv1 "k8s.io/api/flowcontrol/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	schedulingv1 "k8s.io/api/scheduling/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -53,6 +55,7 @@ func TestAttack(t *testing.T) {
 	}
 	for name, try := range map[string]func(*testing.T){
 		"Requests":                       a.requests,
+		"Flows":                          a.flows,
 		"Impersonation":                  a.impersonation,
 		"EscalateByRole":                 a.escalateByRole,
 		"BindClusterRole":                a.bindClusterRole,
@@ -102,8 +105,6 @@ func (a *attack) requests(t *testing.T) {
 		"CustomResource":         {http.MethodPost, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", object("apiextensions.k8s.io/v1", "CustomResourceDefinition", "x.example.com", "")},
 		"CustomResourceStorage":  {http.MethodPatch, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/tenants.h8s.io", `{"spec":{"versions":[]}}`},
 		"APIService":             {http.MethodPost, "/apis/apiregistration.k8s.io/v1/apiservices", object("apiregistration.k8s.io/v1", "APIService", "v1.x", "")},
-		"FlowSchema":             {http.MethodPatch, "/apis/flowcontrol.apiserver.k8s.io/v1/flowschemas/h8s-tenant-att", `{"spec":{"priorityLevelConfiguration":{"name":"exempt"}}}`},
-		"PriorityLevel":          {http.MethodPatch, "/apis/flowcontrol.apiserver.k8s.io/v1/prioritylevelconfigurations/h8s-tenants", `{"spec":{"limited":{"nominalConcurrencyShares":1000}}}`},
 		"PriorityClass":          {http.MethodPost, "/apis/scheduling.k8s.io/v1/priorityclasses", object("scheduling.k8s.io/v1", "PriorityClass", "x", `,"value":1000000000`)},
 		"RuntimeClass":           {http.MethodPost, "/apis/node.k8s.io/v1/runtimeclasses", object("node.k8s.io/v1", "RuntimeClass", "x", `,"handler":"runc"`)},
 		"PersistentVolume":       {http.MethodPost, core + "/persistentvolumes", object("v1", "PersistentVolume", "x", `,"spec":{"hostPath":{"path":"/"}}`)},
@@ -171,6 +172,54 @@ func (a *attack) requests(t *testing.T) {
 				t.Errorf("%d, %v, want forbidden: %s", code, err, body)
 			}
 		})
+	}
+}
+
+// flows: whose requests wait for whose is for nobody of a tenant to change, nor to read:
+// FlowSchemas name the members of all tenants.
+func (a *attack) flows(t *testing.T) {
+	const group = "/apis/flowcontrol.apiserver.k8s.io/v1"
+	var schemas flowcontrolv1.FlowSchemaList
+	var levels flowcontrolv1.PriorityLevelConfigurationList
+	if err := errors.Join(cluster.admin.List(t.Context(), &schemas), cluster.admin.List(t.Context(), &levels)); err != nil {
+		t.Fatal(err)
+	}
+	bodies := map[string]string{} // by path
+	for _, s := range schemas.Items {
+		bodies[group+"/flowschemas/"+s.Name] = `{"spec":{"priorityLevelConfiguration":{"name":"exempt"}}}`
+	}
+	for _, l := range levels.Items {
+		bodies[group+"/prioritylevelconfigurations/"+l.Name] = `{"spec":{"limited":{"nominalConcurrencyShares":1000}}}`
+	}
+	for _, own := range append(tenancy.FlowSchemaNames("att"), tenancy.FlowSchemaNames("att-other")...) {
+		if bodies[group+"/flowschemas/"+own] == "" {
+			t.Errorf("there is no FlowSchema %s to try", own)
+		}
+	}
+	for who, c := range map[string]caller{`User \"att-alice\"`: a.raw, `User \"system:serviceaccount:att-a:default\"`: tokenCaller(t, "att-a", "default")} {
+		refused := func(method, path, body string) {
+			t.Helper()
+			contentType := "application/json"
+			if method == http.MethodPatch {
+				contentType = "application/merge-patch+json"
+			}
+			code, answer, err := c.do(t.Context(), method, path, body, "Content-Type", contentType)
+			if err != nil || code != http.StatusForbidden || !strings.Contains(answer, who+" cannot ") {
+				t.Errorf("%s %s: %d, %v, want forbidden: %s", method, path, code, err, answer)
+			}
+		}
+		for path, body := range bodies {
+			refused(http.MethodGet, path, "")
+			refused(http.MethodPatch, path, body)
+			refused(http.MethodPatch, path+"/status", `{"status":{"conditions":[]}}`)
+			refused(http.MethodPut, path, body)
+			refused(http.MethodDelete, path, "")
+		}
+		for _, kind := range []string{"flowschemas", "prioritylevelconfigurations"} {
+			refused(http.MethodGet, group+"/"+kind, "")
+			refused(http.MethodPost, group+"/"+kind, "{}")
+			refused(http.MethodDelete, group+"/"+kind, "")
+		}
 	}
 }
 
