@@ -55,8 +55,8 @@ type QuotaHold struct {
 	// Until when the hold counts. The holder stops early enough for all that it has
 	// granted to be written, or given up, by then.
 	Until metav1.Time `json:"until"`
-	// TenantGeneration is that of the quota by which it was taken. A hold by an earlier
-	// one than the ledger's is recalled.
+	// TenantGeneration is the latest in which the Tenant is known to have had the quota by
+	// which the hold was taken. If that is earlier than the ledger's, the hold is recalled.
 	TenantGeneration int64 `json:"tenantGeneration,omitempty"`
 	// Recalled asks the holder to enter what it has granted and give back the rest.
 	Recalled bool `json:"recalled,omitempty"`

@@ -366,11 +366,7 @@ func (a *accounts) ledger(ctx context.Context, t *v1alpha1.Tenant) (*v1alpha1.Qu
 
 // adopt puts the Tenant's quota into force, unless a newer one is. It says whether anything changed.
 func adopt(l *v1alpha1.QuotaLedger, t *v1alpha1.Tenant) bool {
-	if l.Spec.TenantGeneration >= t.Generation {
-		return false
-	}
-	l.Spec.TenantGeneration, l.Spec.Hard = t.Generation, t.Spec.Quota.Hard
-	return true
+	return quota.Adopt(&l.Spec, t.Generation, t.Spec.Quota.Hard)
 }
 
 // enforce puts the Tenant's quota into force and returns what is used of it. If that

@@ -9,6 +9,9 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/utils/ptr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 
@@ -139,6 +142,32 @@ func TestHoldsOfChangedQuota(t *testing.T) {
 		t.Errorf("a creation by the earlier quota is answered %v, want a refusal", err)
 	}
 	if l := ledgerOf(t, "change"); len(l.Spec.Holds) > 0 || len(l.Spec.Reservations) != 5 {
+		t.Errorf("the ledger is %+v", l.Spec)
+	}
+}
+
+// A change of a Tenant that leaves its quota as it is waits for nobody who holds a part of it.
+func TestHoldsOfUnchangedQuota(t *testing.T) {
+	newBounded(t, "same", hard("configmaps", "40"))
+	l := ledgerOf(t, "same")
+	l.Spec.Holds = []v1alpha1.QuotaHold{{Holder: "dead", Resource: configMaps, Usage: quota.UsageOfObject(configMaps), Until: l.CreationTimestamp, TenantGeneration: l.Spec.TenantGeneration}}
+	l.Spec.Holds[0].Until.Time = time.Now().Add(time.Hour)
+	if err := cluster.admin.Update(t.Context(), l); err != nil {
+		t.Fatal(err)
+	}
+	tenant := getTenant(t, "same")
+	tenant.Spec.Quota.Namespaces = ptr.To(int32(7))
+	if err := cluster.admin.Update(t.Context(), tenant); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		tenant := getTenant(t, "same")
+		if c := meta.FindStatusCondition(tenant.Status.Conditions, v1alpha1.ConditionQuotaReady); c == nil || c.Status != metav1.ConditionTrue || c.ObservedGeneration != tenant.Generation {
+			return fmt.Errorf("the condition is %+v", c)
+		}
+		return nil
+	})
+	if l := ledgerOf(t, "same"); len(l.Spec.Holds) != 1 || l.Spec.TenantGeneration != tenant.Generation {
 		t.Errorf("the ledger is %+v", l.Spec)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -171,6 +172,24 @@ func (e *Escrow) Recall(ledger *v1alpha1.QuotaLedgerSpec) bool {
 // Recalled says whether what the holder holds is wanted back.
 func (e *Escrow) Recalled(ledger *v1alpha1.QuotaLedgerSpec) bool {
 	return slices.ContainsFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool { return h.Holder == e.holder && wanted(ledger, h) })
+}
+
+// Adopt puts the quota of a generation of the Tenant into force, unless a later one is. It
+// says whether anything changed. What is held by the same quota is held on: whoever still
+// goes by the earlier generation grants no other than this one does.
+func Adopt(ledger *v1alpha1.QuotaLedgerSpec, generation int64, hard corev1.ResourceList) bool {
+	if ledger.TenantGeneration >= generation {
+		return false
+	}
+	if equality.Semantic.DeepEqual(ledger.Hard, hard) {
+		for i := range ledger.Holds {
+			if h := &ledger.Holds[i]; h.TenantGeneration == ledger.TenantGeneration {
+				h.TenantGeneration = generation
+			}
+		}
+	}
+	ledger.TenantGeneration, ledger.Hard = generation, hard
+	return true
 }
 
 // HeldBefore says whether somebody may still grant by an earlier quota than the ledger's.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -159,6 +160,42 @@ func TestTake(t *testing.T) {
 			}
 			if e.Written(next); e.Owes() || e.Due(next) {
 				t.Error("it still owes something once all is written")
+			}
+		})
+	}
+}
+
+// A hold is for as long as the Tenant has the quota by which it was taken, whatever else
+// of it changes.
+func TestAdopt(t *testing.T) {
+	for name, tt := range map[string]struct {
+		generation int64
+		hard       corev1.ResourceList
+		changed    bool
+		held       []string // whose holds are not wanted back
+	}{
+		"the same quota":      {generation: 8, hard: corev1.ResourceList{corev1.ResourceRequestsStorage: resource.MustParse("1k")}, changed: true, held: []string{"me"}},
+		"another quota":       {generation: 8, hard: storage(999), changed: true},
+		"no quota":            {generation: 8, changed: true},
+		"one that is known":   {generation: 7, hard: storage(1000), held: []string{"me"}},
+		"one that is earlier": {generation: 6, hard: storage(999), held: []string{"me"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ledger := v1alpha1.QuotaLedgerSpec{TenantGeneration: 7, Hard: storage(1000), Holds: []v1alpha1.QuotaHold{
+				{Holder: "me", Resource: Claims, TenantGeneration: 7},
+				{Holder: "late", Resource: Claims, TenantGeneration: 6},
+			}}
+			if changed := Adopt(&ledger, tt.generation, tt.hard); changed != tt.changed || ledger.TenantGeneration != max(7, tt.generation) {
+				t.Errorf("changed: %v, want %v; the generation is %d", changed, tt.changed, ledger.TenantGeneration)
+			}
+			var held []string
+			for _, h := range ledger.Holds {
+				if !NewEscrow(h.Holder).Recalled(&ledger) {
+					held = append(held, h.Holder)
+				}
+			}
+			if diff := cmp.Diff(tt.held, held); diff != "" {
+				t.Errorf("held on: - want, + got:\n%s", diff)
 			}
 		})
 	}

@@ -34,6 +34,8 @@ type world struct {
 	spaces  []string
 	ledger  v1alpha1.QuotaLedgerSpec
 	version int
+	// quotas are what the Tenant's generations had: all bound the same, but not all in the same words.
+	quotas []corev1.ResourceList
 	// admitted are requests between the webhook's answer and the storage.
 	admitted []admittedClaim
 	replicas []*modelReplica
@@ -63,13 +65,13 @@ type modelReplica struct {
 	base    int // the version that it was decided on
 	granted []admittedClaim
 	escrow  *Escrow
+	// generation of the Tenant that it has heard of.
+	generation int
 }
 
 func newWorld() *world {
-	w := &world{
-		now: time.Unix(1e6, 0), history: map[string][]happened{}, objects: map[types.UID]Object{},
-		ledger: v1alpha1.QuotaLedgerSpec{Hard: corev1.ResourceList{corev1.ResourceRequestsStorage: quantity(modelLimit)}},
-	}
+	w := &world{now: time.Unix(1e6, 0), history: map[string][]happened{}, objects: map[types.UID]Object{}, quotas: []corev1.ResourceList{storage(modelLimit)}}
+	w.ledger.Hard = w.quotas[0]
 	w.addNamespace()
 	for range 2 {
 		w.replicas = append(w.replicas, w.start(Namespaces, 1, Claims, 0))
@@ -239,8 +241,20 @@ func TestModel(t *testing.T) {
 		kinds := rapid.SampledFrom([]string{Claims, Claims, Namespaces})
 		take := func(r *modelReplica) { // not while a write is under way
 			c := w.claim(t)
-			if r.write == nil && r.escrow.Take(c, 0, w.now.Add(modelTTL)) {
-				w.admitted = append(w.admitted, admittedClaim{c, w.now})
+			if r.write != nil || !r.escrow.Take(c, int64(r.generation), w.now.Add(modelTTL)) {
+				return
+			}
+			w.admitted = append(w.admitted, admittedClaim{c, w.now})
+			if by := w.quotas[r.generation]; !HeldBefore(&w.ledger) && int64(r.generation) < w.ledger.TenantGeneration && List(by) != List(w.ledger.Hard) {
+				t.Fatalf("granted by the quota %s, when %s is in force", List(by), List(w.ledger.Hard))
+			}
+		}
+		enforce := func(r *modelReplica) {
+			r.generation = len(w.quotas) - 1
+			w.read(r)
+			if r.adopt(w, &r.ledger) {
+				w.ledger, w.version = *r.ledger.DeepCopy(), w.version+1
+				r.version = w.version
 			}
 		}
 		landAll := func() {
@@ -252,6 +266,7 @@ func TestModel(t *testing.T) {
 		crash := func(r *modelReplica) {
 			spaces := rapid.IntRange(0, len(w.history[Namespaces])).Draw(t, "namespaces")
 			*r = *w.start(Namespaces, spaces, Claims, rapid.IntRange(0, len(w.history[Claims])).Draw(t, "objects"))
+			r.generation = rapid.IntRange(0, len(w.quotas)-1).Draw(t, "generation")
 		}
 		actions := map[string]func(*modelReplica){
 			"read": w.read,
@@ -337,6 +352,23 @@ func TestModel(t *testing.T) {
 					w.addNamespace()
 				}
 			},
+			// The quota is changed, or something else is, and put into force by who has heard of it.
+			"tenant": func(r *modelReplica) {
+				for range rapid.IntRange(1, 2).Draw(t, "changes") {
+					quota := storage(modelLimit)
+					if rapid.Bool().Draw(t, "counts") {
+						quota[Claims] = quantity(1000)
+					}
+					w.quotas = append(w.quotas, quota)
+					if rapid.Bool().Draw(t, "enforced") {
+						enforce(r)
+					}
+				}
+				take(w.replicas[rapid.IntRange(0, len(w.replicas)-1).Draw(t, "another")])
+			},
+			"hear of tenant": func(r *modelReplica) {
+				r.generation = rapid.IntRange(r.generation, len(w.quotas)-1).Draw(t, "generation")
+			},
 			"sweep": w.sweep,
 			"time": func(*modelReplica) {
 				w.now = w.now.Add(rapid.SampledFrom([]time.Duration{time.Second, giveUp, modelTTL}).Draw(t, "passes"))
@@ -344,7 +376,7 @@ func TestModel(t *testing.T) {
 		}
 		names := slices.Sorted(maps.Keys(actions))
 		for range 2 { // the more usual ones
-			names = append(names, "read", "decide", "write", "admit", "take", "take", "take", "land", "land", "land all", "hear", "hear all")
+			names = append(names, "read", "decide", "write", "admit", "take", "take", "take", "land", "land", "land all", "hear", "hear all", "tenant")
 		}
 		for range rapid.IntRange(1, 120).Draw(t, "steps") {
 			actions[rapid.SampledFrom(names).Draw(t, "action")](w.replicas[rapid.IntRange(0, len(w.replicas)-1).Draw(t, "replica")])
@@ -381,8 +413,13 @@ func TestModel(t *testing.T) {
 	})
 }
 
+func (r *modelReplica) adopt(w *world, ledger *v1alpha1.QuotaLedgerSpec) bool {
+	return Adopt(ledger, int64(r.generation), w.quotas[r.generation])
+}
+
 func (r *modelReplica) decide(w *world, claims []Claim) {
 	next := r.ledger.DeepCopy()
+	r.adopt(w, next)
 	d := r.view.Decide(acme, next, claims, w.now.Add(modelTTL), r.escrow)
 	r.write, r.granted = nil, nil
 	if !d.Reserved && len(claims) > 0 {
