@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -512,34 +513,53 @@ func (a *accounts) forget(tenants []v1alpha1.Tenant) {
 // settle drops the reservations that are seen, and those that were never written, and
 // ends the holds of the dead, if the time of one is over. Not before: until then they do
 // no harm, the next claim drops what is seen, and it should find the ledger as it has left it.
+// What fails, or takes too long, is left for the next time: the rest is written.
 func (a *accounts) settle(ctx context.Context, tenant string, l *v1alpha1.QuotaLedger) error {
-	overdue, holds := quota.Overdue(&l.Spec, a.clock.Now()), quota.OverdueHolds(&l.Spec, a.clock.Now())
-	if len(overdue)+len(holds) == 0 {
+	now := a.clock.Now()
+	if len(quota.Overdue(&l.Spec, now))+len(quota.OverdueHolds(&l.Spec, now)) == 0 {
 		return nil
 	}
 	before := l.DeepCopy()
-	for _, h := range holds {
-		newest, err := a.newest(ctx, tenant, h.Resource)
-		if err != nil {
-			return err
-		}
-		quota.LapseHold(&l.Spec, h, newest)
-	}
-	for _, r := range overdue {
-		revision, err := a.exists(ctx, tenant, r)
-		if err != nil {
-			return err
-		}
-		quota.Lapse(&l.Spec, r.UID, revision)
-	}
+	a.view.Settle(tenant, &l.Spec) // what is seen need not be looked for
+	failed := a.lapse(ctx, tenant, &l.Spec, now)
 	a.view.Settle(tenant, &l.Spec)
 	if equality.Semantic.DeepEqual(before.Spec, l.Spec) {
-		return nil
+		return failed
 	}
 	if err := a.direct.Update(ctx, l); err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("settle the quota of the Tenant %s: %w", tenant, err)
 	}
-	return nil
+	return failed
+}
+
+// lapse ends what is overdue in the ledger, as far as it gets in half of the time. It
+// returns the first error: of many they are mostly the same.
+func (a *accounts) lapse(ctx context.Context, tenant string, ledger *v1alpha1.QuotaLedgerSpec, now time.Time) (failed error) {
+	ctx, cancel := context.WithTimeout(ctx, a.timeout/2)
+	defer cancel()
+	holds := map[string][]v1alpha1.QuotaHold{}
+	for _, h := range quota.OverdueHolds(ledger, now) {
+		holds[h.Resource] = append(holds[h.Resource], h)
+	}
+	for kind, of := range holds {
+		newest, err := a.newest(ctx, tenant, kind)
+		if err != nil {
+			failed = cmp.Or(failed, err)
+			continue
+		}
+		for _, h := range of {
+			quota.LapseHold(ledger, h, newest)
+		}
+	}
+	for _, r := range quota.Overdue(ledger, now) {
+		revision, err := a.exists(ctx, tenant, r)
+		if err != nil {
+			failed = cmp.Or(failed, err)
+			continue
+		}
+		quota.Lapse(ledger, r.UID, revision)
+	}
+	return failed
 }
 
 // exists asks the API server itself for the revision of what was reserved for; 0 if

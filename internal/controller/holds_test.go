@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -11,6 +12,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
 	"k8s.io/utils/ptr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
@@ -226,5 +228,65 @@ func TestHoldsOfTheDead(t *testing.T) {
 		if err := b.reserve(t.Context(), tenant, configMapOf(fmt.Sprint("heir-", i))); err != nil {
 			t.Fatalf("place %d: %v", i+1, err)
 		}
+	}
+}
+
+// transport asks some function before a request goes on its way.
+type transport struct {
+	http.RoundTripper
+	before func(*http.Request) error
+}
+
+func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	if err := t.before(req); err != nil {
+		return nil, err
+	}
+	return t.RoundTripper.RoundTrip(req)
+}
+
+// The holds of the dead of one resource end together, by one list of each namespace, and
+// though those of another cannot be ended in time.
+func TestHoldsOfManyDead(t *testing.T) {
+	newBounded(t, "many", hard("configmaps", "40", "services", "40"), "many-a", "many-b")
+	l := ledgerOf(t, "many")
+	for i, kind := range []string{quota.Services, configMaps, quota.Services, configMaps, configMaps} {
+		h := v1alpha1.QuotaHold{Holder: fmt.Sprint("dead-", i), Resource: kind, Usage: quota.UsageOfObject(kind)}
+		h.Until.Time = time.Now().Add(time.Hour)
+		l.Spec.Holds = append(l.Spec.Holds, h)
+	}
+	if err := cluster.admin.Update(t.Context(), l); err != nil {
+		t.Fatal(err)
+	}
+	var attempts, lists atomic.Int32
+	config := rest.CopyConfig(cluster.env.Config)
+	config.Wrap(func(rt http.RoundTripper) http.RoundTripper {
+		return transport{rt, func(req *http.Request) error {
+			switch {
+			case strings.HasPrefix(req.URL.Path, "/api/v1/namespaces/many-") && strings.HasSuffix(req.URL.Path, "/services"):
+				<-req.Context().Done()
+				return req.Context().Err()
+			case strings.HasPrefix(req.URL.Path, "/api/v1/namespaces/many-") && strings.HasSuffix(req.URL.Path, "/configmaps"):
+				lists.Add(1)
+			}
+			return nil
+		}}
+	})
+	a := accountsWith(t, config)
+	a.timeout = 2 * time.Second
+	putForward(a, 2*time.Hour)
+	eventually(t, func() error {
+		attempts.Add(1)
+		l := ledgerOf(t, "many")
+		ctx, cancel := context.WithTimeout(t.Context(), a.timeout)
+		defer cancel()
+		err := a.settle(ctx, "many", l)
+		l = ledgerOf(t, "many")
+		if len(l.Spec.Holds) != 2 || l.Spec.Holds[0].Resource != quota.Services || l.Spec.Holds[1].Resource != quota.Services {
+			return fmt.Errorf("held: %+v: %w", l.Spec.Holds, err)
+		}
+		return nil
+	})
+	if n := lists.Load(); n > 2*attempts.Load() {
+		t.Errorf("ConfigMaps were listed %d times in %d attempts, want once per namespace", n, attempts.Load())
 	}
 }

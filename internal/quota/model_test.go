@@ -191,6 +191,7 @@ func (w *world) write(r *modelReplica, answered bool) {
 // sweep is what the leader does, with its own view.
 func (w *world) sweep(r *modelReplica) {
 	w.read(r)
+	r.view.Settle(acme, &r.ledger)
 	for _, o := range Overdue(&r.ledger, w.now) {
 		Lapse(&r.ledger, o.UID, w.objects[o.UID].Revision)
 	}
