@@ -265,7 +265,8 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 		next := l.ledger.DeepCopy()
 		adopt(next, tenant)
 		moved := a.view.Moved()
-		d := a.view.Decide(tenant.Name, &next.Spec, claims, a.clock.Now().Add(claimTTL), l.escrow)
+		until := a.clock.Now().Add(claimTTL)
+		d := a.view.Decide(tenant.Name, &next.Spec, claims, until, l.escrow)
 		refused := false
 		behind := false
 		held := false
@@ -292,7 +293,7 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 				return nil, err
 			}
 			continue
-		case d.Reserved, l.escrow.Due(&l.ledger.Spec):
+		case d.Reserved, l.escrow.Due(&l.ledger.Spec, until):
 			err := a.direct.Update(ctx, next)
 			switch {
 			case err == nil:

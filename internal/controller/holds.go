@@ -91,6 +91,26 @@ func (a *accounts) giveBack(ctx context.Context, seen *v1alpha1.QuotaLedger) {
 	}
 }
 
+// release gives back what this replica holds for tenants that have not created anything
+// for a while. Otherwise the leader would have to end these holds as those of the dead,
+// by lists of all of the tenants' namespaces.
+func (a *accounts) release(ctx context.Context) {
+	until := a.clock.Now().Add(claimTTL)
+	a.mu.Lock()
+	var idle []*line
+	for _, l := range a.lines {
+		if !l.busy && l.escrow.Spent(until) {
+			idle = append(idle, l)
+		}
+	}
+	a.mu.Unlock()
+	for _, l := range idle {
+		if ctx.Err() == nil {
+			a.enter(context.WithoutCancel(ctx), l, false)
+		}
+	}
+}
+
 // close gives back what this replica holds, and has it hold nothing any more. What it
 // has no time for counts until the hold is overdue.
 func (a *accounts) close(ctx context.Context) {
@@ -119,9 +139,12 @@ type recalls struct{ *accounts }
 // NeedLeaderElection implements manager.LeaderElectionRunnable: every replica holds.
 func (recalls) NeedLeaderElection() bool { return false }
 
-// Start implements manager.Runnable: it gives back what other replicas want, and all of
-// it at the end.
+// Start implements manager.Runnable: it gives back what other replicas want, and what is
+// of no use, and all of it at the end.
 func (r recalls) Start(ctx context.Context) error {
+	var running sync.WaitGroup
+	defer running.Wait()
+	running.Go(func() { wait.UntilWithContext(ctx, r.release, sweepInterval) })
 	lw := cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
 			var list v1alpha1.QuotaLedgerList

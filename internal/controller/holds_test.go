@@ -191,6 +191,28 @@ func TestHoldsGivenBack(t *testing.T) {
 	}
 }
 
+// What a replica holds and has no use for, it gives back itself.
+func TestHoldsReleased(t *testing.T) {
+	a := anotherAccounts(t)
+	holding(t, a, "idle", 40, 3)
+	a.mu.Lock()
+	l := a.lines["idle"]
+	a.mu.Unlock()
+	a.enter(t.Context(), l, false)
+	a.release(t.Context())
+	if l := ledgerOf(t, "idle"); len(l.Spec.Holds) != 1 {
+		t.Errorf("while it can be used, the ledger is %+v", l.Spec)
+	}
+	putForward(a, 2*time.Minute)
+	a.release(t.Context())
+	eventually(t, func() error { // somebody else may be at it
+		if l := ledgerOf(t, "idle"); len(l.Spec.Holds) > 0 || len(l.Spec.Reservations) != 3 {
+			return fmt.Errorf("the ledger is %+v", l.Spec)
+		}
+		return nil
+	})
+}
+
 // What a dead replica held is nobody's until it is surely written or given up. Nobody is
 // told meanwhile that the quota is exceeded, and what fits beside it is granted.
 func TestHoldsOfTheDead(t *testing.T) {

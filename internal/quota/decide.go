@@ -104,7 +104,7 @@ func (v *View) Decide(tenant string, ledger *v1alpha1.QuotaLedgerSpec, claims []
 	for _, h := range ledger.Holds {
 		recalled[h.Resource] = recalled[h.Resource] || h.Holder == e.holder && h.Recalled
 	}
-	renew := e.enter(ledger, v.now())
+	renew := e.enter(ledger, until)
 	v.settle(tenant, ledger)
 	reserved := make(map[types.UID]int, len(ledger.Reservations))
 	for i, r := range ledger.Reservations {

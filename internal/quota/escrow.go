@@ -109,10 +109,21 @@ func (e *Escrow) Close() {
 	clear(e.room)
 }
 
+// Spent says whether the escrow has a hold of which nothing can be taken any more that
+// counts until then.
+func (e *Escrow) Spent(until time.Time) bool {
+	for _, r := range e.room {
+		if until.After(r.until) {
+			return true
+		}
+	}
+	return false
+}
+
 // enter makes reservations of what was granted, and removes the holds that are over. It
 // returns the resources whose holds must be made anew, each with what the last object
 // uses: nil where none is wanted.
-func (e *Escrow) enter(ledger *v1alpha1.QuotaLedgerSpec, now time.Time) map[string]corev1.ResourceList {
+func (e *Escrow) enter(ledger *v1alpha1.QuotaLedgerSpec, until time.Time) map[string]corev1.ResourceList {
 	renew := map[string]corev1.ResourceList{}
 	at := make(map[types.UID]int, len(ledger.Reservations))
 	for i, r := range ledger.Reservations {
@@ -131,10 +142,14 @@ func (e *Escrow) enter(ledger *v1alpha1.QuotaLedgerSpec, now time.Time) map[stri
 		at[r.UID] = len(ledger.Reservations)
 		ledger.Reservations = append(ledger.Reservations, r)
 	}
-	ledger.Holds = slices.DeleteFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool {
-		return h.Holder == e.holder && (e.closed || wanted(ledger, h) || now.After(h.Until.Time))
-	})
+	ledger.Holds = slices.DeleteFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool { return e.over(ledger, h, until) })
 	return renew
+}
+
+// over says whether it is a hold of the escrow's that it is to give back: nothing that
+// counts until then will be taken from it.
+func (e *Escrow) over(ledger *v1alpha1.QuotaLedgerSpec, h v1alpha1.QuotaHold, until time.Time) bool {
+	return h.Holder == e.holder && (e.closed || wanted(ledger, h) || until.After(h.Until.Time))
 }
 
 // hold replaces the holder's hold of one resource: it is for more objects that use as much.
@@ -202,9 +217,8 @@ func wanted(ledger *v1alpha1.QuotaLedgerSpec, h v1alpha1.QuotaHold) bool {
 }
 
 // Due says whether what Decide makes of the ledger must be written even if it reserves nothing.
-func (e *Escrow) Due(ledger *v1alpha1.QuotaLedgerSpec) bool {
-	return e.Owes() || e.Recalled(ledger) ||
-		e.closed && slices.ContainsFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool { return h.Holder == e.holder })
+func (e *Escrow) Due(ledger *v1alpha1.QuotaLedgerSpec, until time.Time) bool {
+	return e.Owes() || slices.ContainsFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool { return e.over(ledger, h, until) })
 }
 
 // OverdueHolds are those whose holders did not give them back in time. LapseHold ends one.

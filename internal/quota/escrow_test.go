@@ -38,6 +38,8 @@ func TestHold(t *testing.T) {
 	mine := v1alpha1.QuotaHold{Holder: "me", Resource: Claims, Usage: storage(8), Until: metav1.NewTime(until)}
 	recalled := mine
 	recalled.Recalled = true
+	spent := mine
+	spent.Until = metav1.NewTime(until.Add(-time.Second))
 	for name, tt := range map[string]struct {
 		limit, used, size int64
 		generation        int64
@@ -63,6 +65,8 @@ func TestHold(t *testing.T) {
 		"the controller ends":          {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, closed: true},
 		"an update is for none":        {limit: 100, size: 1, claim: func(c *Claim) { c.After = 1 }},
 		"a dry run neither":            {limit: 100, size: 1, claim: func(c *Claim) { c.DryRun = true }},
+		"it leaves what is held":       {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, claim: func(c *Claim) { c.DryRun = true }, want: 8},
+		"but not what is of no use":    {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{spent}, claim: func(c *Claim) { c.DryRun = true }},
 		"a dry run has all that it is": {limit: 100, used: 60, size: 1, holds: []v1alpha1.QuotaHold{others}, claim: func(c *Claim) { c.DryRun = true }, err: ErrHeld},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -158,7 +162,7 @@ func TestTake(t *testing.T) {
 			if diff := cmp.Diff(want, entered); diff != "" {
 				t.Errorf("entered: - want, + got:\n%s", diff)
 			}
-			if e.Written(next); e.Owes() || e.Due(next) {
+			if e.Written(next); e.Owes() || e.Due(next, until) {
 				t.Error("it still owes something once all is written")
 			}
 		})
