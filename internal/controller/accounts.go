@@ -156,11 +156,14 @@ func (a *accounts) plan(ctx context.Context, l *line) {
 		return
 	}
 	l.planned = true
+	if ctx.Done() != nil { // or each try would wrap the one before
+		ctx = context.WithoutCancel(ctx)
+	}
 	time.AfterFunc(a.delay, func() {
 		a.mu.Lock()
 		l.planned = false
 		a.mu.Unlock()
-		a.enter(context.WithoutCancel(ctx), l, false)
+		a.enter(ctx, l, false)
 	})
 }
 

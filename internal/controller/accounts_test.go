@@ -25,12 +25,13 @@ import (
 const configMaps = "configmaps"
 
 // anotherAccounts are those of a controller that knows nothing of the one of TestMain.
-func anotherAccounts(t *testing.T) *accounts {
+func anotherAccounts(t *testing.T, change ...func(*accounts)) *accounts {
 	t.Helper()
-	return accountsWith(t, cluster.env.Config)
+	return accountsWith(t, cluster.env.Config, change...)
 }
 
-func accountsWith(t *testing.T, config *rest.Config) *accounts {
+// accountsWith changes them before they start.
+func accountsWith(t *testing.T, config *rest.Config, change ...func(*accounts)) *accounts {
 	t.Helper()
 	a, err := newAccounts(config, cluster.admin)
 	if err != nil {
@@ -39,6 +40,9 @@ func accountsWith(t *testing.T, config *rest.Config) *accounts {
 	a.timeout = patience
 	a.patience = patience / 2
 	a.clock = &shiftedClock{}
+	for _, change := range change {
+		change(a)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { _ = a.feeds.Start(ctx) })
@@ -225,9 +229,10 @@ func TestAccountsUnlistable(t *testing.T) {
 	}
 	config := rest.CopyConfig(cluster.env.Config)
 	config.Impersonate.UserName = "unlistable"
-	a := accountsWith(t, config)
-	a.timeout = time.Hour
-	a.changed = make(chan event.GenericEvent, 2)
+	a := accountsWith(t, config, func(a *accounts) {
+		a.timeout = time.Hour
+		a.changed = make(chan event.GenericEvent, 2)
+	})
 	newBounded(t, "unlist-a", hard("configmaps", "1"))
 	newBounded(t, "unlist-b", hard("pods", "1"))
 	blocked, free := getTenant(t, "unlist-a"), getTenant(t, "unlist-b")

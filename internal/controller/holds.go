@@ -112,10 +112,8 @@ func (a *accounts) release(ctx context.Context) {
 }
 
 // close gives back what this replica holds, and has it hold nothing any more. What it
-// has no time for counts until the hold is overdue.
+// has no time for until ctx ends counts until the hold is overdue.
 func (a *accounts) close(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
-	defer cancel()
 	a.mu.Lock()
 	lines := slices.Collect(maps.Values(a.lines))
 	a.closed = true
@@ -131,6 +129,13 @@ func (a *accounts) close(ctx context.Context) {
 			return
 		}
 	}
+	all.Wait()
+	// Who serves a line meanwhile gives back after the claims that are being decided about.
+	_ = wait.PollUntilContextCancel(ctx, recallPoll, true, func(context.Context) (bool, error) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return !slices.ContainsFunc(lines, func(l *line) bool { return l.busy }), nil
+	})
 }
 
 // recalls are what other replicas want back of what this one holds in ledgers.
@@ -155,7 +160,9 @@ func (r recalls) Start(ctx context.Context) error {
 		},
 	}, r.direct)
 	cache.NewReflectorWithOptions(lw, &v1alpha1.QuotaLedger{}, ledgers{context.WithoutCancel(ctx), r.accounts}, cache.ReflectorOptions{Name: "what is held of quotas"}).RunWithContext(ctx)
-	r.close(context.WithoutCancel(ctx))
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+	defer cancel()
+	r.close(ending)
 	return nil
 }
 

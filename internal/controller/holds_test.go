@@ -31,20 +31,31 @@ func ledgerOf(t *testing.T, name string) *v1alpha1.QuotaLedger {
 	return &l
 }
 
-// holding has a replica grant some creations in a new tenant, all but the first of them
-// while it cannot write the ledger. They are not entered by themselves.
-func holding(t *testing.T, a *accounts, name string, places, grants int) *v1alpha1.Tenant {
+// refusing has the function asked before each write of a replica, which it may refuse.
+func refusing(before func() error) func(*accounts) {
+	return func(a *accounts) {
+		a.direct = interceptor.NewClient(a.direct, interceptor.Funcs{Update: func(ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.UpdateOption) error {
+			if err := before(); err != nil {
+				return err
+			}
+			return c.Update(ctx, obj, opts...)
+		}})
+	}
+}
+
+// holding is a replica that has granted some creations in a new tenant, all but the first
+// of them while it could not write the ledger. They are not entered by themselves.
+func holding(t *testing.T, name string, places, grants int) (*accounts, *v1alpha1.Tenant) {
 	t.Helper()
 	newBounded(t, name, hard("configmaps", fmt.Sprint(places)))
 	tenant := getTenant(t, name)
-	a.delay = time.Hour
 	var readOnly atomic.Bool
-	a.direct = interceptor.NewClient(a.direct, interceptor.Funcs{Update: func(ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.UpdateOption) error {
+	a := anotherAccounts(t, func(a *accounts) { a.delay = time.Hour }, refusing(func() error {
 		if readOnly.Load() {
 			return errors.New("the test lets nobody write")
 		}
-		return c.Update(ctx, obj, opts...)
-	}})
+		return nil
+	}))
 	for i := range grants {
 		if err := a.reserve(t.Context(), tenant, configMapOf(fmt.Sprint(name, "-", i))); err != nil {
 			t.Fatalf("creation %d: %v", i, err)
@@ -56,7 +67,7 @@ func holding(t *testing.T, a *accounts, name string, places, grants int) *v1alph
 		t.Fatalf("the ledger is %+v", l.Spec)
 	}
 	readOnly.Store(false)
-	return tenant
+	return a, tenant
 }
 
 // idle waits until nobody serves the tenant's line: a claim is answered a moment before.
@@ -75,9 +86,9 @@ func idle(t *testing.T, a *accounts, tenant string) {
 // A replica grants creations without a write each, and gives the rest back to one that
 // needs it: so that they have all of the quota, and no more.
 func TestHolds(t *testing.T) {
-	a, b := anotherAccounts(t), anotherAccounts(t)
 	const places, grants = 40, 5
-	tenant := holding(t, a, "holds", places, grants)
+	a, tenant := holding(t, "holds", places, grants)
+	b := anotherAccounts(t)
 	for i := range places - grants {
 		// Near the end the other's hold is in the way, and is given back.
 		if err := b.reserve(t.Context(), tenant, configMapOf(fmt.Sprint("rest-", i))); err != nil {
@@ -95,17 +106,15 @@ func TestHolds(t *testing.T) {
 // What is granted from a hold is entered into the ledger by itself, also if that fails
 // at first.
 func TestHoldsEntered(t *testing.T) {
-	a := anotherAccounts(t)
 	newBounded(t, "enter", hard("configmaps", "40"))
 	tenant := getTenant(t, "enter")
-	a.delay = 10 * time.Millisecond
 	var fails atomic.Int32
-	a.direct = interceptor.NewClient(a.direct, interceptor.Funcs{Update: func(ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.UpdateOption) error {
+	a := anotherAccounts(t, func(a *accounts) { a.delay = 10 * time.Millisecond }, refusing(func() error {
 		if fails.Add(-1) >= 0 {
 			return errors.New("the test has it fail")
 		}
-		return c.Update(ctx, obj, opts...)
-	}})
+		return nil
+	}))
 	if err := a.reserve(t.Context(), tenant, configMapOf("enter-0")); err != nil {
 		t.Fatal(err)
 	}
@@ -128,8 +137,8 @@ func TestHoldsEntered(t *testing.T) {
 // Once a changed quota is in force nobody grants by the earlier one, even who has not
 // heard of the change.
 func TestHoldsOfChangedQuota(t *testing.T) {
-	a, b := anotherAccounts(t), anotherAccounts(t)
-	old := holding(t, a, "change", 40, 5)
+	a, old := holding(t, "change", 40, 5)
+	b := anotherAccounts(t)
 	tenant := getTenant(t, "change")
 	tenant.Spec.Quota.Hard = hard("configmaps", "5")
 	if err := cluster.admin.Update(t.Context(), tenant); err != nil {
@@ -176,8 +185,7 @@ func TestHoldsOfUnchangedQuota(t *testing.T) {
 
 // A replica that ends gives back what it holds.
 func TestHoldsGivenBack(t *testing.T) {
-	a := anotherAccounts(t)
-	tenant := holding(t, a, "return", 40, 3)
+	a, tenant := holding(t, "return", 40, 3)
 	a.close(t.Context())
 	if l := ledgerOf(t, "return"); len(l.Spec.Holds) > 0 || len(l.Spec.Reservations) != 3 {
 		t.Errorf("the ledger is %+v", l.Spec)
@@ -191,10 +199,33 @@ func TestHoldsGivenBack(t *testing.T) {
 	}
 }
 
+// A replica that ends waits for who is writing the ledger, and gives back what it holds.
+func TestHoldsGivenBackByServer(t *testing.T) {
+	a, _ := holding(t, "served", 40, 3)
+	a.mu.Lock()
+	l := a.lines["served"]
+	l.busy = true // so it is this test that is writing
+	a.mu.Unlock()
+	closed := make(chan struct{})
+	go func() { defer close(closed); a.close(t.Context()) }()
+	eventually(t, func() error {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if !l.due {
+			return errors.New("nobody was asked to give anything back")
+		}
+		return nil
+	})
+	go a.serve(t.Context(), l)
+	<-closed
+	if l := ledgerOf(t, "served"); len(l.Spec.Holds) > 0 || len(l.Spec.Reservations) != 3 {
+		t.Errorf("the ledger is %+v", l.Spec)
+	}
+}
+
 // What a replica holds and has no use for, it gives back itself.
 func TestHoldsReleased(t *testing.T) {
-	a := anotherAccounts(t)
-	holding(t, a, "idle", 40, 3)
+	a, _ := holding(t, "idle", 40, 3)
 	a.mu.Lock()
 	l := a.lines["idle"]
 	a.mu.Unlock()
@@ -218,7 +249,7 @@ func TestHoldsReleased(t *testing.T) {
 func TestHoldsOfTheDead(t *testing.T) {
 	newBounded(t, "dead", hard("configmaps", "40"))
 	tenant := getTenant(t, "dead")
-	b := anotherAccounts(t)
+	b := anotherAccounts(t, func(a *accounts) { a.patience = 100 * time.Millisecond })
 	l := ledgerOf(t, "dead")
 	l.Spec.Holds = []v1alpha1.QuotaHold{{Holder: "dead", Resource: configMaps, Usage: quota.UsageOfObject(configMaps), Until: l.CreationTimestamp}}
 	l.Spec.Holds[0].Until.Time = time.Now().Add(time.Hour)
@@ -230,7 +261,6 @@ func TestHoldsOfTheDead(t *testing.T) {
 			t.Fatalf("place %d: %v", i+1, err)
 		}
 	}
-	b.patience = 100 * time.Millisecond
 	if err := b.reserve(t.Context(), tenant, configMapOf("last")); !errors.Is(err, quota.ErrHeld) {
 		t.Errorf("the last place: %v, want %v", err, quota.ErrHeld)
 	}
@@ -293,8 +323,7 @@ func TestHoldsOfManyDead(t *testing.T) {
 			return nil
 		}}
 	})
-	a := accountsWith(t, config)
-	a.timeout = 2 * time.Second
+	a := accountsWith(t, config, func(a *accounts) { a.timeout = 2 * time.Second })
 	putForward(a, 2*time.Hour)
 	eventually(t, func() error {
 		attempts.Add(1)
