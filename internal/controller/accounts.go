@@ -272,11 +272,13 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 		d := a.view.Decide(tenant.Name, &next.Spec, claims, until, l.escrow)
 		refused := false
 		behind := false
-		held := false
-		for _, err := range d.Errs {
+		var held []string // of which resources others hold what is wanted here
+		for i, err := range d.Errs {
 			refused = refused || err != nil
 			behind = behind || errors.Is(err, quota.ErrBehind)
-			held = held || errors.Is(err, quota.ErrHeld)
+			if errors.Is(err, quota.ErrHeld) {
+				held = append(held, claims[i].Resource)
+			}
 		}
 		waited := !recalled.IsZero() && a.clock.Since(recalled) > a.patience
 		switch {
@@ -288,11 +290,11 @@ func (a *accounts) commit(ctx context.Context, l *line, group []*pending) ([]err
 			case <-ctx.Done():
 				return nil, fmt.Errorf("the quota of the Tenant %s: %w", tenant.Name, quota.ErrBehind)
 			}
-		case held && !waited:
+		case len(held) > 0 && !waited:
 			if recalled.IsZero() {
 				recalled = a.clock.Now()
 			}
-			if err := a.recall(ctx, tenant.Name, l); err != nil {
+			if err := a.recall(ctx, tenant.Name, l, held); err != nil {
 				return nil, err
 			}
 			continue

@@ -30,17 +30,17 @@ const (
 	closeTimeout, closeParallel = 3 * time.Second, 8
 )
 
-// recall asks the other replicas for what they hold, and waits a moment for them to give
+// recall asks the other replicas for what they hold of the resources, and waits a moment for them to give
 // it back. Then the ledger must be read again. What others want back of this one it gives
 // first, or two would wait for each other.
-func (a *accounts) recall(ctx context.Context, tenant string, l *line) error {
+func (a *accounts) recall(ctx context.Context, tenant string, l *line, resources []string) error {
 	next := l.ledger.DeepCopy()
 	l.ledger = nil
 	back := l.escrow.Recalled(&next.Spec)
 	if back {
 		a.view.Decide(tenant, &next.Spec, nil, a.clock.Now().Add(claimTTL), l.escrow)
 	}
-	if l.escrow.Recall(&next.Spec) || back {
+	if l.escrow.Recall(&next.Spec, resources) || back {
 		err := a.direct.Update(ctx, next)
 		switch {
 		case err == nil && back:

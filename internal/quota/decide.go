@@ -39,7 +39,7 @@ type Claim struct {
 	After Revision
 	// Before is what it uses now, and Usage what it will use, by canonical names.
 	Before, Usage corev1.ResourceList
-	// DryRun claims are judged and take nothing.
+	// DryRun claims are judged and take nothing: not even back what others hold.
 	DryRun bool
 }
 
@@ -142,6 +142,8 @@ func (v *View) Decide(tenant string, ledger *v1alpha1.QuotaLedgerSpec, claims []
 		with := largest(v.recorded(tenant, c.Resource, c.UID), want.Usage)
 		bounded, exceeded := b.check(tenant, ledger.Hard, c, have, with)
 		switch {
+		case errors.Is(exceeded, ErrHeld) && c.DryRun:
+			continue // there is room if they give it back
 		case exceeded != nil:
 			d.Errs[i] = exceeded
 			continue

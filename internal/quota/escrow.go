@@ -173,11 +173,12 @@ func times(list corev1.ResourceList, n int64) corev1.ResourceList {
 	return out
 }
 
-// Recall asks all other holders for what they hold. It says whether that changes the ledger.
-func (e *Escrow) Recall(ledger *v1alpha1.QuotaLedgerSpec) bool {
+// Recall asks all other holders for what they hold of the resources. It says whether that
+// changes the ledger.
+func (e *Escrow) Recall(ledger *v1alpha1.QuotaLedgerSpec, resources []string) bool {
 	changed := false
 	for i := range ledger.Holds {
-		if h := &ledger.Holds[i]; h.Holder != e.holder && !h.Recalled {
+		if h := &ledger.Holds[i]; h.Holder != e.holder && !h.Recalled && slices.Contains(resources, h.Resource) {
 			h.Recalled, changed = true, true
 		}
 	}

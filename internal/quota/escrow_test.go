@@ -67,7 +67,8 @@ func TestHold(t *testing.T) {
 		"a dry run neither":            {limit: 100, size: 1, claim: func(c *Claim) { c.DryRun = true }},
 		"it leaves what is held":       {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, claim: func(c *Claim) { c.DryRun = true }, want: 8},
 		"but not what is of no use":    {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{spent}, claim: func(c *Claim) { c.DryRun = true }},
-		"a dry run has all that it is": {limit: 100, used: 60, size: 1, holds: []v1alpha1.QuotaHold{others}, claim: func(c *Claim) { c.DryRun = true }, err: ErrHeld},
+		"a dry run takes nothing back": {limit: 100, used: 60, size: 1, holds: []v1alpha1.QuotaHold{others}, claim: func(c *Claim) { c.DryRun = true }},
+		"and is refused as others":     {limit: 100, used: 60, size: 41, holds: []v1alpha1.QuotaHold{others}, claim: func(c *Claim) { c.DryRun = true }, err: &ExceededError{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			e := NewEscrow("me")
@@ -200,6 +201,37 @@ func TestAdopt(t *testing.T) {
 			}
 			if diff := cmp.Diff(tt.held, held); diff != "" {
 				t.Errorf("held on: - want, + got:\n%s", diff)
+			}
+		})
+	}
+}
+
+// Only what is wanted is asked back.
+func TestRecall(t *testing.T) {
+	for name, tt := range map[string]struct {
+		recalled  bool
+		resources []string
+		want      []bool // of a hold of claims, one of services, and one of the escrow's own
+		changed   bool
+	}{
+		"one resource":   {resources: []string{Claims}, want: []bool{true, false, false}, changed: true},
+		"two":            {resources: []string{Services, Claims, Claims}, want: []bool{true, true, false}, changed: true},
+		"nobody has any": {resources: []string{Pods}, want: []bool{false, false, false}},
+		"once again":     {recalled: true, resources: []string{Claims}, want: []bool{true, false, false}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ledger := v1alpha1.QuotaLedgerSpec{Holds: []v1alpha1.QuotaHold{
+				{Holder: "other", Resource: Claims, Recalled: tt.recalled}, {Holder: "other", Resource: Services}, {Holder: "me", Resource: Claims},
+			}}
+			if changed := NewEscrow("me").Recall(&ledger, tt.resources); changed != tt.changed {
+				t.Errorf("changed: %v, want %v", changed, tt.changed)
+			}
+			var got []bool
+			for _, h := range ledger.Holds {
+				got = append(got, h.Recalled)
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("recalled: - want, + got:\n%s", diff)
 			}
 		})
 	}

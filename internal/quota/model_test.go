@@ -304,7 +304,7 @@ func TestModel(t *testing.T) {
 			},
 			"recall": func(r *modelReplica) {
 				w.read(r)
-				if r.escrow.Recall(&r.ledger) {
+				if r.escrow.Recall(&r.ledger, []string{Claims}) {
 					w.ledger, w.version = *r.ledger.DeepCopy(), w.version+1
 					r.version = w.version
 				}
