@@ -100,10 +100,6 @@ type Decision struct {
 func (v *View) Decide(tenant string, ledger *v1alpha1.QuotaLedgerSpec, claims []Claim, until time.Time, e *Escrow) Decision {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	recalled := map[string]bool{}
-	for _, h := range ledger.Holds {
-		recalled[h.Resource] = recalled[h.Resource] || h.Holder == e.holder && h.Recalled
-	}
 	renew := e.enter(ledger, until)
 	v.settle(tenant, ledger)
 	reserved := make(map[types.UID]int, len(ledger.Reservations))
@@ -169,7 +165,7 @@ func (v *View) Decide(tenant string, ledger *v1alpha1.QuotaLedgerSpec, claims []
 		if b == nil {
 			b = v.open(tenant, kind, ledger, e)
 		}
-		if recalled[kind] || !v.covers(ledger, kind) {
+		if !v.covers(ledger, kind) {
 			usage = nil
 		}
 		e.hold(ledger, kind, usage, b, until)

@@ -19,6 +19,9 @@ const (
 	// holdObjects is how many objects like the last one a hold is for, at most. A hold
 	// takes no more than a quarter of what is free, so that near the limit there is none.
 	holdObjects, holdShare = 32, 4
+	// holdPause is how long a controller takes no hold of what another wanted back: longer
+	// than that one waits, or a stream of small claims here would keep a large one there out.
+	holdPause = 2 * time.Second
 )
 
 // ErrHeld means that there is room if other controllers give back what they hold:
@@ -35,7 +38,9 @@ type Escrow struct {
 	room map[string]room
 	// granted is not known to be in the ledger.
 	granted []v1alpha1.QuotaReservation
-	closed  bool
+	// paused says, by resource, for claims until when no hold is taken.
+	paused map[string]time.Time
+	closed bool
 }
 
 // room is what is left of a hold, of each name that was bounded when it was taken.
@@ -47,7 +52,9 @@ type room struct {
 }
 
 // NewEscrow is empty. The holder's name must be its own, also after a restart.
-func NewEscrow(holder string) *Escrow { return &Escrow{holder: holder, room: map[string]room{}} }
+func NewEscrow(holder string) *Escrow {
+	return &Escrow{holder: holder, room: map[string]room{}, paused: map[string]time.Time{}}
+}
 
 // Take grants a creation, by the quota of that generation of the Tenant, if a hold has
 // room for it. It counts until the time at which it is surely written or given up.
@@ -142,6 +149,11 @@ func (e *Escrow) enter(ledger *v1alpha1.QuotaLedgerSpec, until time.Time) map[st
 		at[r.UID] = len(ledger.Reservations)
 		ledger.Reservations = append(ledger.Reservations, r)
 	}
+	for _, h := range ledger.Holds {
+		if h.Holder == e.holder && h.Recalled {
+			e.paused[h.Resource] = until.Add(holdPause)
+		}
+	}
 	ledger.Holds = slices.DeleteFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool { return e.over(ledger, h, until) })
 	return renew
 }
@@ -153,9 +165,13 @@ func (e *Escrow) over(ledger *v1alpha1.QuotaLedgerSpec, h v1alpha1.QuotaHold, un
 }
 
 // hold replaces the holder's hold of one resource: it is for more objects that use as much.
+// There is none for a while after another controller wanted it back.
 func (e *Escrow) hold(ledger *v1alpha1.QuotaLedgerSpec, kind string, usage corev1.ResourceList, b *book, until time.Time) {
 	ledger.Holds = slices.DeleteFunc(ledger.Holds, func(h v1alpha1.QuotaHold) bool { return h.Holder == e.holder && h.Resource == kind })
-	for n := int64(holdObjects); n > 0 && len(usage) > 0 && !e.closed; n /= 2 {
+	if until.Before(e.paused[kind]) || e.closed {
+		return
+	}
+	for n := int64(holdObjects); n > 0 && len(usage) > 0; n /= 2 {
 		if want := times(usage, n); b.fits(ledger.Hard, times(want, holdShare)) {
 			ledger.Holds = append(ledger.Holds, v1alpha1.QuotaHold{Holder: e.holder, Resource: kind, Usage: want, Until: metav1.NewTime(until.Add(holdTime)), TenantGeneration: ledger.TenantGeneration})
 			return

@@ -97,6 +97,34 @@ func TestHold(t *testing.T) {
 	}
 }
 
+// Who had to give back a hold does not take it again before the other had its turn.
+func TestHoldPause(t *testing.T) {
+	until := time.Unix(2000, 0)
+	for name, tt := range map[string]struct {
+		resource string
+		after    time.Duration
+		want     int
+	}{
+		"at once":                {Claims, 0, 0},
+		"while the other waits":  {Claims, holdPause - 1, 0},
+		"later":                  {Claims, holdPause, 1},
+		"of another, it may all": {Services, 0, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := NewEscrow("me")
+			ledger := v1alpha1.QuotaLedgerSpec{Hard: storage(1000), Holds: []v1alpha1.QuotaHold{
+				{Holder: "me", Resource: tt.resource, Usage: storage(8), Until: metav1.NewTime(until), Recalled: true},
+			}}
+			next, _ := decideNew(t, e, ledger, 0, newClaim("one", 1), until)
+			e.Written(next)
+			next, err := decideNew(t, e, *next, 0, newClaim("two", 1), until.Add(tt.after))
+			if err != nil || len(next.Holds) != tt.want {
+				t.Errorf("decided: %v, and it has %d holds, want %d", err, len(next.Holds), tt.want)
+			}
+		})
+	}
+}
+
 // What is taken from a hold is bounded by it in size, time and kind, and is entered by
 // the next decision.
 func TestTake(t *testing.T) {
