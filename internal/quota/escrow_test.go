@@ -45,6 +45,7 @@ func TestHold(t *testing.T) {
 		generation        int64
 		holds             []v1alpha1.QuotaHold
 		settled           string
+		granted           bool // one, from the hold
 		closed            bool
 		claim             func(*Claim)
 		want              int64
@@ -62,6 +63,8 @@ func TestHold(t *testing.T) {
 		"and not even that would do":   {limit: 100, used: 60, size: 41, holds: []v1alpha1.QuotaHold{others}, err: &ExceededError{}},
 		"by the quota of before":       {limit: 100, used: 50, size: 1, generation: 8, holds: []v1alpha1.QuotaHold{mine}, want: 8},
 		"the view is behind":           {limit: 100, size: 1, settled: "3", err: ErrBehind},
+		"what is held stays":           {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, settled: "3", err: ErrBehind, want: 8},
+		"unless it must be renewed":    {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, settled: "3", granted: true, err: ErrBehind},
 		"the controller ends":          {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, closed: true},
 		"an update is for none":        {limit: 100, size: 1, claim: func(c *Claim) { c.After = 1 }},
 		"a dry run neither":            {limit: 100, size: 1, claim: func(c *Claim) { c.DryRun = true }},
@@ -76,6 +79,10 @@ func TestHold(t *testing.T) {
 				e.Close()
 			}
 			ledger := v1alpha1.QuotaLedgerSpec{TenantGeneration: tt.generation, Hard: storage(tt.limit), Holds: tt.holds, Settled: map[string]string{Claims: tt.settled}}
+			if tt.granted {
+				e.Written(&ledger)
+				e.Take(newClaim("granted", 1), tt.generation, until)
+			}
 			claim := newClaim("new", tt.size)
 			if tt.claim != nil {
 				tt.claim(&claim)
@@ -86,7 +93,7 @@ func TestHold(t *testing.T) {
 			}
 			var got int64
 			for _, h := range next.Holds {
-				if h.Holder == "me" && tt.err == nil {
+				if h.Holder == "me" {
 					got += value(h.Usage)
 				}
 			}
