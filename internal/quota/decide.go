@@ -165,7 +165,7 @@ func (v *View) Decide(tenant string, ledger *v1alpha1.QuotaLedgerSpec, claims []
 		if b == nil {
 			b = v.open(tenant, kind, ledger, e)
 		}
-		if !v.covers(ledger, kind) {
+		if !v.covers(ledger, kind) || !slices.Contains(Bounds(ledger.Hard), kind) {
 			usage = nil
 		}
 		e.hold(ledger, kind, usage, b, until)

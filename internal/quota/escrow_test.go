@@ -65,6 +65,7 @@ func TestHold(t *testing.T) {
 		"the view is behind":           {limit: 100, size: 1, settled: "3", err: ErrBehind},
 		"what is held stays":           {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, settled: "3", err: ErrBehind, want: 8},
 		"unless it must be renewed":    {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, settled: "3", granted: true, err: ErrBehind},
+		"nothing is bounded any more":  {size: 1, holds: []v1alpha1.QuotaHold{mine}, granted: true},
 		"the controller ends":          {limit: 100, size: 1, holds: []v1alpha1.QuotaHold{mine}, closed: true},
 		"an update is for none":        {limit: 100, size: 1, claim: func(c *Claim) { c.After = 1 }},
 		"a dry run neither":            {limit: 100, size: 1, claim: func(c *Claim) { c.DryRun = true }},
@@ -79,6 +80,9 @@ func TestHold(t *testing.T) {
 				e.Close()
 			}
 			ledger := v1alpha1.QuotaLedgerSpec{TenantGeneration: tt.generation, Hard: storage(tt.limit), Holds: tt.holds, Settled: map[string]string{Claims: tt.settled}}
+			if tt.limit == 0 {
+				ledger.Hard = nil
+			}
 			if tt.granted {
 				e.Written(&ledger)
 				e.Take(newClaim("granted", 1), tt.generation, until)
