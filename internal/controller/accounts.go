@@ -195,8 +195,8 @@ func (a *accounts) serve(ctx context.Context, l *line) {
 			a.mu.Unlock()
 			return
 		}
-		if l.stale {
-			l.ledger = nil
+		if l.stale { // what another wants back does not wait for what is wanted here
+			l.ledger, l.waiting, group = nil, group, nil
 		}
 		if a.closed {
 			l.escrow.Close()

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -44,13 +46,14 @@ func refusing(before func() error) func(*accounts) {
 }
 
 // holding is a replica that has granted some creations in a new tenant, all but the first
-// of them while it could not write the ledger. They are not entered by themselves.
+// of them while it could not write the ledger. They are not entered by themselves, and
+// count for longer than the test takes.
 func holding(t *testing.T, name string, places, grants int) (*accounts, *v1alpha1.Tenant) {
 	t.Helper()
 	newBounded(t, name, hard("configmaps", fmt.Sprint(places)))
 	tenant := getTenant(t, name)
 	var readOnly atomic.Bool
-	a := anotherAccounts(t, func(a *accounts) { a.delay = time.Hour }, refusing(func() error {
+	a := anotherAccounts(t, func(a *accounts) { a.delay = time.Hour; putForward(a, time.Hour) }, refusing(func() error {
 		if readOnly.Load() {
 			return errors.New("the test lets nobody write")
 		}
@@ -220,6 +223,38 @@ func TestHoldsGivenBackByServer(t *testing.T) {
 	<-closed
 	if l := ledgerOf(t, "served"); len(l.Spec.Holds) > 0 || len(l.Spec.Reservations) != 3 {
 		t.Errorf("the ledger is %+v", l.Spec)
+	}
+}
+
+// A claim that waits for what this replica has not seen yet keeps no other waiting for
+// what this one holds.
+func TestHoldsGivenBackByWhoIsBehind(t *testing.T) {
+	newBounded(t, "behind", hard("configmaps", "40"))
+	a := anotherAccounts(t, func(a *accounts) { a.delay = time.Hour })
+	if err := a.feeds.sync(t.Context(), quota.Namespaces, configMaps); err != nil {
+		t.Fatal(err)
+	}
+	ledger := ledgerOf(t, "behind")
+	ledger.Spec.Settled = map[string]string{configMaps: strconv.FormatUint(math.MaxUint64, 10)}
+	ledger.Spec.Holds = []v1alpha1.QuotaHold{{Holder: "me", Resource: configMaps, Usage: quota.UsageOfObject(configMaps), Recalled: true}}
+	ledger.Spec.Holds[0].Until.Time = time.Now().Add(time.Hour)
+	if err := cluster.admin.Update(t.Context(), ledger); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	tenant := getTenant(t, "behind")
+	p := &pending{Claim: configMapOf("waits"), ctx: t.Context(), tenant: tenant, answer: make(chan error, 1)}
+	go a.serve(ctx, &line{escrow: quota.NewEscrow("me"), tenant: tenant, waiting: []*pending{p}, busy: true, due: true, stale: true})
+	eventually(t, func() error {
+		if l := ledgerOf(t, "behind"); len(l.Spec.Holds) > 0 {
+			return fmt.Errorf("held: %+v", l.Spec.Holds)
+		}
+		return nil
+	})
+	cancel()
+	if err := <-p.answer; !errors.Is(err, quota.ErrBehind) {
+		t.Errorf("the claim is answered %v, want %v", err, quota.ErrBehind)
 	}
 }
 
