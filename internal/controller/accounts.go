@@ -491,16 +491,26 @@ func (a *accounts) sweepOne(ctx context.Context, t *v1alpha1.Tenant, l *v1alpha1
 	return errors.Join(err, unknown)
 }
 
-// retire deletes the ledger of a Tenant that has no quota as far as is known. Not one
+// retire deletes the ledger of a Tenant that has no quota as far as is known, once nothing
+// counts that was admitted by the earlier one: it may get another. Not one
 // that shows that the Tenant has got a quota since, or another is in its place, and
 // not one that somebody has written since: what it reserves would be lost.
 func (a *accounts) retire(ctx context.Context, t *v1alpha1.Tenant, l *v1alpha1.QuotaLedger) error {
-	if !metav1.IsControlledBy(l, t) || l.Spec.TenantGeneration > t.Generation {
+	var err error
+	switch {
+	case !metav1.IsControlledBy(l, t) || l.Spec.TenantGeneration > t.Generation:
 		return nil
+	case adopt(l, t): // this recalls all holds
+		err = a.direct.Update(ctx, l)
+	case len(l.Spec.Holds) > 0:
+		return a.settle(ctx, t.Name, l)
+	case len(quota.Overdue(&l.Spec, a.clock.Now())) < len(l.Spec.Reservations):
+		return nil
+	default:
+		err = a.direct.Delete(ctx, l, client.Preconditions{UID: &l.UID, ResourceVersion: &l.ResourceVersion})
 	}
-	err := a.direct.Delete(ctx, l, client.Preconditions{UID: &l.UID, ResourceVersion: &l.ResourceVersion})
 	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
-		return fmt.Errorf("delete the QuotaLedger %s: %w", l.Name, err)
+		return fmt.Errorf("retire the QuotaLedger %s: %w", l.Name, err)
 	}
 	return nil
 }

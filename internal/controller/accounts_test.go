@@ -141,16 +141,20 @@ func TestAccountsRetire(t *testing.T) {
 		ledger *v1alpha1.QuotaLedger
 		stays  bool
 	}{
-		{"of an older generation", func(t *v1alpha1.Tenant) { t.Generation-- }, &live, true},
-		{"of another Tenant of that name", func(t *v1alpha1.Tenant) { t.UID, t.Generation = "another", 9 }, &live, true},
+		{"of an older generation", func(t *v1alpha1.Tenant) { t.Generation-- }, nil, true},
+		{"of another Tenant of that name", func(t *v1alpha1.Tenant) { t.UID, t.Generation = "another", 9 }, nil, true},
 		{"written since", func(*v1alpha1.Tenant) {}, stale, true},
-		{"of no use", func(*v1alpha1.Tenant) {}, &live, false}, // the last one: it is gone then
+		{"by which somebody may grant", func(t *v1alpha1.Tenant) { t.Generation++ }, nil, true},
+		{"of no use", func(t *v1alpha1.Tenant) { t.Generation++ }, nil, false}, // the last one: it is gone then
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			tenant := getTenant(t, "retire")
 			tenant.Spec.Quota.Hard = nil
 			tt.tenant(tenant)
-			if err := a.retire(ctx, tenant, tt.ledger.DeepCopy()); err != nil {
+			if tt.ledger == nil {
+				tt.ledger = ledgerOf(t, "retire")
+			}
+			if err := a.retire(ctx, tenant, tt.ledger); err != nil {
 				t.Fatal(err)
 			}
 			var now v1alpha1.QuotaLedger

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
@@ -157,6 +158,37 @@ func TestHoldsOfChangedQuota(t *testing.T) {
 	}
 	if l := ledgerOf(t, "change"); len(l.Spec.Holds) > 0 || len(l.Spec.Reservations) != 5 {
 		t.Errorf("the ledger is %+v", l.Spec)
+	}
+}
+
+// What was admitted by a quota that is taken away counts in the next one, also what is not
+// entered when the sweep finds that the Tenant has none.
+func TestHoldsOfQuotaTakenAway(t *testing.T) {
+	holding(t, "away", 40, 5)
+	b := anotherAccounts(t)
+	change := func(quota corev1.ResourceList) *v1alpha1.Tenant {
+		tenant := getTenant(t, "away")
+		tenant.Spec.Quota.Hard = quota
+		if err := cluster.admin.Update(t.Context(), tenant); err != nil {
+			t.Fatal(err)
+		}
+		return tenant
+	}
+	tenant := change(nil)
+	eventually(t, func() error {
+		var l v1alpha1.QuotaLedger
+		if err := cluster.admin.Get(t.Context(), client.ObjectKey{Name: "away"}, &l); err != nil {
+			return err
+		}
+		if l.Spec.TenantGeneration != tenant.Generation || len(l.Spec.Holds) > 0 || len(l.Spec.Reservations) != 5 {
+			return fmt.Errorf("the ledger is %+v", l.Spec)
+		}
+		return nil
+	})
+	tenant = change(hard("configmaps", "5"))
+	err := b.reserve(t.Context(), tenant, configMapOf("away-5"))
+	if exceeded := new(quota.ExceededError); !errors.As(err, &exceeded) {
+		t.Errorf("one more is answered %v, want a refusal", err)
 	}
 }
 
