@@ -433,7 +433,7 @@ func (a *accounts) Start(ctx context.Context) error {
 	}
 }
 
-// sweep settles ledgers, removes those of tenants without a quota, and has the
+// sweep settles ledgers, also those of tenants whose quota was taken away, and has the
 // status written of tenants that use more or less than it says.
 func (a *accounts) sweep(ctx context.Context) error {
 	var tenants v1alpha1.TenantList
@@ -491,26 +491,18 @@ func (a *accounts) sweepOne(ctx context.Context, t *v1alpha1.Tenant, l *v1alpha1
 	return errors.Join(err, unknown)
 }
 
-// retire deletes the ledger of a Tenant that has no quota as far as is known, once nothing
-// counts that was admitted by the earlier one: it may get another. Not one
-// that shows that the Tenant has got a quota since, or another is in its place, and
-// not one that somebody has written since: what it reserves would be lost.
+// retire puts into force that a Tenant has no quota, as far as is known, which recalls all
+// holds, and settles what was admitted by the earlier one. The ledger stays as long as the
+// Tenant, which may get another quota: it says what whoever decides by that must have seen.
 func (a *accounts) retire(ctx context.Context, t *v1alpha1.Tenant, l *v1alpha1.QuotaLedger) error {
-	var err error
-	switch {
-	case !metav1.IsControlledBy(l, t) || l.Spec.TenantGeneration > t.Generation:
-		return nil
-	case adopt(l, t): // this recalls all holds
-		err = a.direct.Update(ctx, l)
-	case len(l.Spec.Holds) > 0:
-		return a.settle(ctx, t.Name, l)
-	case len(quota.Overdue(&l.Spec, a.clock.Now())) < len(l.Spec.Reservations):
-		return nil
-	default:
-		err = a.direct.Delete(ctx, l, client.Preconditions{UID: &l.UID, ResourceVersion: &l.ResourceVersion})
+	if !metav1.IsControlledBy(l, t) || l.Spec.TenantGeneration > t.Generation {
+		return nil // it has got a quota since, or another Tenant is in its place
 	}
-	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
-		return fmt.Errorf("retire the QuotaLedger %s: %w", l.Name, err)
+	if !adopt(l, t) {
+		return a.settle(ctx, t.Name, l)
+	}
+	if err := a.direct.Update(ctx, l); err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("take the quota of the Tenant %s out of force: %w", t.Name, err)
 	}
 	return nil
 }
@@ -568,39 +560,43 @@ func (a *accounts) lapse(ctx context.Context, tenant string, ledger *v1alpha1.Qu
 		}
 	}
 	for _, r := range quota.Overdue(ledger, now) {
-		revision, err := a.exists(ctx, tenant, r)
+		object, namespace, err := a.exists(ctx, tenant, r)
 		if err != nil {
 			failed = cmp.Or(failed, err)
 			continue
 		}
-		quota.Lapse(ledger, r.UID, revision)
+		quota.Lapse(ledger, r.UID, object, namespace)
 	}
 	return failed
 }
 
-// exists asks the API server itself for the revision of what was reserved for; 0 if
-// it is not there, or in a namespace that is not the tenant's.
-func (a *accounts) exists(ctx context.Context, tenant string, r v1alpha1.QuotaReservation) (quota.Revision, error) {
+// exists asks the API server itself for the revision of what was reserved for, and for that
+// of its namespace; 0 if it is not there, or in a namespace that is not the tenant's.
+func (a *accounts) exists(ctx context.Context, tenant string, r v1alpha1.QuotaReservation) (object, namespace quota.Revision, err error) {
 	gvr, ok := quota.Find(r.Resource)
 	if !ok {
-		return 0, nil
+		return 0, 0, nil
 	}
-	namespace, err := a.feeds.namespace(ctx, r.Namespace)
+	of, err := a.feeds.namespace(ctx, r.Namespace)
 	if apierrors.IsNotFound(err) {
-		return 0, nil
+		return 0, 0, nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("get the namespace %s: %w", r.Namespace, err)
+		return 0, 0, fmt.Errorf("get the namespace %s: %w", r.Namespace, err)
 	}
 	obj, err := a.feeds.meta.Resource(gvr).Namespace(r.Namespace).Get(ctx, r.Name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
-		return 0, nil
+		return 0, 0, nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("look for %s %s/%s: %w", r.Resource, r.Namespace, r.Name, err)
+		return 0, 0, fmt.Errorf("look for %s %s/%s: %w", r.Resource, r.Namespace, r.Name, err)
 	}
-	if obj.UID != r.UID || namespace.Labels[v1alpha1.LabelTenant] != tenant {
-		return 0, nil
+	if obj.UID != r.UID || of.Labels[v1alpha1.LabelTenant] != tenant {
+		return 0, 0, nil
 	}
-	return quota.ParseRevision(obj.ResourceVersion)
+	if object, err = quota.ParseRevision(obj.ResourceVersion); err != nil {
+		return 0, 0, err
+	}
+	namespace, err = quota.ParseRevision(of.ResourceVersion)
+	return object, namespace, err
 }

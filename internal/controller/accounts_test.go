@@ -119,33 +119,34 @@ func TestAccountsForget(t *testing.T) {
 	}
 }
 
-// A ledger goes with the quota, and never while it may be in use: the sweep's Tenants
-// and ledgers are from caches.
+// The ledger of a quota that was taken away stays, empty but for what others must have seen.
+// The sweep's Tenants and ledgers are from caches.
 func TestAccountsRetire(t *testing.T) {
 	ctx := t.Context()
 	a := anotherAccounts(t)
 	newBounded(t, "retire", hard("pods", "5"))
-	key := client.ObjectKey{Name: "retire"}
-	var live v1alpha1.QuotaLedger
-	if err := cluster.admin.Get(ctx, key, &live); err != nil {
+	live := ledgerOf(t, "retire")
+	live.Spec.Settled = map[string]string{quota.Pods: "7"}
+	live.Spec.Reservations = []v1alpha1.QuotaReservation{{UID: "never-created", Resource: quota.Pods, Namespace: "retire", Name: "never-created", Usage: quota.UsageOfObject(quota.Pods)}}
+	live.Spec.Reservations[0].Until.Time = time.Now().Add(time.Hour)
+	putForward(a, 2*time.Hour)
+	if err := cluster.admin.Update(ctx, live); err != nil {
 		t.Fatal(err)
 	}
 	stale := live.DeepCopy()
-	live.Labels = map[string]string{"test": "written"}
-	if err := cluster.admin.Update(ctx, &live); err != nil {
-		t.Fatal(err)
-	}
+	stale.ResourceVersion = "1"
 	for _, tt := range []struct {
-		name   string
-		tenant func(*v1alpha1.Tenant)
-		ledger *v1alpha1.QuotaLedger
-		stays  bool
+		name           string
+		tenant         func(*v1alpha1.Tenant)
+		ledger         *v1alpha1.QuotaLedger
+		hard, reserved int // how much of either the ledger then has
 	}{
-		{"of an older generation", func(t *v1alpha1.Tenant) { t.Generation-- }, nil, true},
-		{"of another Tenant of that name", func(t *v1alpha1.Tenant) { t.UID, t.Generation = "another", 9 }, nil, true},
-		{"written since", func(*v1alpha1.Tenant) {}, stale, true},
-		{"by which somebody may grant", func(t *v1alpha1.Tenant) { t.Generation++ }, nil, true},
-		{"of no use", func(t *v1alpha1.Tenant) { t.Generation++ }, nil, false}, // the last one: it is gone then
+		{"of an older generation", func(t *v1alpha1.Tenant) { t.Generation-- }, nil, 1, 1},
+		{"of another Tenant of that name", func(t *v1alpha1.Tenant) { t.UID, t.Generation = "another", 9 }, nil, 1, 1},
+		{"written since", func(t *v1alpha1.Tenant) { t.Generation++ }, stale, 1, 1},
+		{"first it is put into force", func(t *v1alpha1.Tenant) { t.Generation++ }, nil, 0, 1},
+		{"then what was admitted before is settled", func(t *v1alpha1.Tenant) { t.Generation++ }, nil, 0, 0},
+		{"and what others must have seen stays", func(t *v1alpha1.Tenant) { t.Generation++ }, nil, 0, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			tenant := getTenant(t, "retire")
@@ -157,13 +158,9 @@ func TestAccountsRetire(t *testing.T) {
 			if err := a.retire(ctx, tenant, tt.ledger); err != nil {
 				t.Fatal(err)
 			}
-			var now v1alpha1.QuotaLedger
-			err := cluster.admin.Get(ctx, key, &now)
-			if client.IgnoreNotFound(err) != nil {
-				t.Fatal(err)
-			}
-			if stays := now.UID == live.UID; stays != tt.stays {
-				t.Errorf("the ledger stays: %v, want %v", stays, tt.stays)
+			now := ledgerOf(t, "retire")
+			if now.UID != live.UID || now.Spec.Settled[quota.Pods] != "7" || len(now.Spec.Hard) != tt.hard || len(now.Spec.Reservations) != tt.reserved {
+				t.Errorf("the ledger is %+v", now.Spec)
 			}
 		})
 	}

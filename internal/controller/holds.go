@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -28,6 +29,9 @@ const (
 	// closeTimeout bounds how long a replica that ends gives back what it holds, and
 	// closeParallel how many ledgers it writes at the same time.
 	closeTimeout, closeParallel = 3 * time.Second, 8
+	// newestParallel is how many namespaces are listed at the same time: of a tenant with
+	// hundreds all must be listed within half of the time that a sweep has for it.
+	newestParallel = 8
 )
 
 // recall asks the other replicas for what they hold of the resources, and waits a moment for them to give
@@ -183,8 +187,19 @@ func (s ledgers) Add(obj any) error {
 // Update implements cache.ReflectorStore.
 func (s ledgers) Update(obj any) error { return s.Add(obj) }
 
-// Delete implements cache.ReflectorStore.
-func (ledgers) Delete(any) error { return nil }
+// Delete implements cache.ReflectorStore: nothing is granted from the holds of a ledger that
+// went with its Tenant.
+func (s ledgers) Delete(obj any) error {
+	if gone, ok := obj.(*v1alpha1.QuotaLedger); ok {
+		s.mu.Lock()
+		l := s.lines[gone.Name]
+		s.mu.Unlock()
+		if l != nil {
+			go s.enter(s.ctx, l, true)
+		}
+	}
+	return nil
+}
 
 // Replace implements cache.ReflectorStore.
 func (s ledgers) Replace(list []any, _ string) error {
@@ -200,8 +215,9 @@ func (ledgers) Resync() error { return nil }
 // newest asks the API server itself for the latest revisions of the tenant's namespaces,
 // and of its objects of one resource.
 func (a *accounts) newest(ctx context.Context, tenant, kind string) (map[string]quota.Revision, error) {
+	var mu sync.Mutex
 	newest := map[string]quota.Revision{}
-	look := func(kind, namespace string, options metav1.ListOptions) ([]metav1.PartialObjectMetadata, error) {
+	look := func(ctx context.Context, kind, namespace string, options metav1.ListOptions) ([]metav1.PartialObjectMetadata, error) {
 		gvr, ok := corev1.SchemeGroupVersion.WithResource(quota.Namespaces), true
 		if kind != quota.Namespaces {
 			gvr, ok = quota.Find(kind)
@@ -213,6 +229,8 @@ func (a *accounts) newest(ctx context.Context, tenant, kind string) (map[string]
 		if err != nil {
 			return nil, fmt.Errorf("list %s: %w", kind, err)
 		}
+		mu.Lock()
+		defer mu.Unlock()
 		for _, obj := range list.Items {
 			revision, err := quota.ParseRevision(obj.ResourceVersion)
 			if err != nil {
@@ -222,11 +240,17 @@ func (a *accounts) newest(ctx context.Context, tenant, kind string) (map[string]
 		}
 		return list.Items, nil
 	}
-	namespaces, err := look(quota.Namespaces, metav1.NamespaceAll, metav1.ListOptions{LabelSelector: v1alpha1.LabelTenant + "=" + tenant})
-	for _, ns := range namespaces {
-		if err == nil {
-			_, err = look(kind, ns.Name, metav1.ListOptions{})
-		}
+	namespaces, err := look(ctx, quota.Namespaces, metav1.NamespaceAll, metav1.ListOptions{LabelSelector: v1alpha1.LabelTenant + "=" + tenant})
+	if err != nil {
+		return nil, err
 	}
-	return newest, err
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(newestParallel)
+	for _, ns := range namespaces {
+		group.Go(func() error {
+			_, err := look(ctx, kind, ns.Name, metav1.ListOptions{})
+			return err
+		})
+	}
+	return newest, group.Wait()
 }

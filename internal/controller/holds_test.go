@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
@@ -143,11 +142,7 @@ func TestHoldsEntered(t *testing.T) {
 func TestHoldsOfChangedQuota(t *testing.T) {
 	a, old := holding(t, "change", 40, 5)
 	b := anotherAccounts(t)
-	tenant := getTenant(t, "change")
-	tenant.Spec.Quota.Hard = hard("configmaps", "5")
-	if err := cluster.admin.Update(t.Context(), tenant); err != nil {
-		t.Fatal(err)
-	}
+	tenant := withQuota(t, "change", func(q *v1alpha1.TenantQuota) { q.Hard = hard("configmaps", "5") })
 	eventually(t, func() error {
 		_, err := b.enforce(t.Context(), tenant)
 		return err
@@ -161,20 +156,24 @@ func TestHoldsOfChangedQuota(t *testing.T) {
 	}
 }
 
+// withQuota changes a Tenant's quota; the controller writes its status at the same time.
+func withQuota(t *testing.T, name string, change func(*v1alpha1.TenantQuota)) *v1alpha1.Tenant {
+	t.Helper()
+	tenant := getTenant(t, name)
+	before := tenant.DeepCopy()
+	change(&tenant.Spec.Quota)
+	if err := cluster.admin.Patch(t.Context(), tenant, client.MergeFrom(before)); err != nil {
+		t.Fatal(err)
+	}
+	return tenant
+}
+
 // What was admitted by a quota that is taken away counts in the next one, also what is not
 // entered when the sweep finds that the Tenant has none.
 func TestHoldsOfQuotaTakenAway(t *testing.T) {
 	holding(t, "away", 40, 5)
 	b := anotherAccounts(t)
-	change := func(quota corev1.ResourceList) *v1alpha1.Tenant {
-		tenant := getTenant(t, "away")
-		tenant.Spec.Quota.Hard = quota
-		if err := cluster.admin.Update(t.Context(), tenant); err != nil {
-			t.Fatal(err)
-		}
-		return tenant
-	}
-	tenant := change(nil)
+	tenant := withQuota(t, "away", func(q *v1alpha1.TenantQuota) { q.Hard = nil })
 	eventually(t, func() error {
 		var l v1alpha1.QuotaLedger
 		if err := cluster.admin.Get(t.Context(), client.ObjectKey{Name: "away"}, &l); err != nil {
@@ -185,7 +184,7 @@ func TestHoldsOfQuotaTakenAway(t *testing.T) {
 		}
 		return nil
 	})
-	tenant = change(hard("configmaps", "5"))
+	tenant = withQuota(t, "away", func(q *v1alpha1.TenantQuota) { q.Hard = hard("configmaps", "5") })
 	err := b.reserve(t.Context(), tenant, configMapOf("away-5"))
 	if exceeded := new(quota.ExceededError); !errors.As(err, &exceeded) {
 		t.Errorf("one more is answered %v, want a refusal", err)
@@ -201,11 +200,7 @@ func TestHoldsOfUnchangedQuota(t *testing.T) {
 	if err := cluster.admin.Update(t.Context(), l); err != nil {
 		t.Fatal(err)
 	}
-	tenant := getTenant(t, "same")
-	tenant.Spec.Quota.Namespaces = ptr.To(int32(7))
-	if err := cluster.admin.Update(t.Context(), tenant); err != nil {
-		t.Fatal(err)
-	}
+	tenant := withQuota(t, "same", func(q *v1alpha1.TenantQuota) { q.Namespaces = ptr.To(int32(7)) })
 	eventually(t, func() error {
 		tenant := getTenant(t, "same")
 		if c := meta.FindStatusCondition(tenant.Status.Conditions, v1alpha1.ConditionQuotaReady); c == nil || c.Status != metav1.ConditionTrue || c.ObservedGeneration != tenant.Generation {
@@ -285,7 +280,8 @@ func TestHoldsGivenBackByWhoIsBehind(t *testing.T) {
 		return nil
 	})
 	cancel()
-	if err := <-p.answer; !errors.Is(err, quota.ErrBehind) {
+	// Or it is not yet decided about.
+	if err := <-p.answer; !errors.Is(err, quota.ErrBehind) && !errors.Is(err, context.Canceled) {
 		t.Errorf("the claim is answered %v, want %v", err, quota.ErrBehind)
 	}
 }
@@ -366,8 +362,8 @@ func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
 // The holds of the dead of one resource end together, by one list of each namespace, and
 // though those of another cannot be ended in time.
 func TestHoldsOfManyDead(t *testing.T) {
-	newBounded(t, "many", hard("configmaps", "40", "services", "40"), "many-a", "many-b")
-	l := ledgerOf(t, "many")
+	newBounded(t, "holds-many", hard("configmaps", "40", "services", "40"), "holds-many-a", "holds-many-b")
+	l := ledgerOf(t, "holds-many")
 	for i, kind := range []string{quota.Services, configMaps, quota.Services, configMaps, configMaps} {
 		h := v1alpha1.QuotaHold{Holder: fmt.Sprint("dead-", i), Resource: kind, Usage: quota.UsageOfObject(kind)}
 		h.Until.Time = time.Now().Add(time.Hour)
@@ -381,10 +377,10 @@ func TestHoldsOfManyDead(t *testing.T) {
 	config.Wrap(func(rt http.RoundTripper) http.RoundTripper {
 		return transport{rt, func(req *http.Request) error {
 			switch {
-			case strings.HasPrefix(req.URL.Path, "/api/v1/namespaces/many-") && strings.HasSuffix(req.URL.Path, "/services"):
+			case strings.HasPrefix(req.URL.Path, "/api/v1/namespaces/holds-many-") && strings.HasSuffix(req.URL.Path, "/services"):
 				<-req.Context().Done()
 				return req.Context().Err()
-			case strings.HasPrefix(req.URL.Path, "/api/v1/namespaces/many-") && strings.HasSuffix(req.URL.Path, "/configmaps"):
+			case strings.HasPrefix(req.URL.Path, "/api/v1/namespaces/holds-many-") && strings.HasSuffix(req.URL.Path, "/configmaps"):
 				lists.Add(1)
 			}
 			return nil
@@ -394,11 +390,11 @@ func TestHoldsOfManyDead(t *testing.T) {
 	putForward(a, 2*time.Hour)
 	eventually(t, func() error {
 		attempts.Add(1)
-		l := ledgerOf(t, "many")
+		l := ledgerOf(t, "holds-many")
 		ctx, cancel := context.WithTimeout(t.Context(), a.timeout)
 		defer cancel()
-		err := a.settle(ctx, "many", l)
-		l = ledgerOf(t, "many")
+		err := a.settle(ctx, "holds-many", l)
+		l = ledgerOf(t, "holds-many")
 		if len(l.Spec.Holds) != 2 || l.Spec.Holds[0].Resource != quota.Services || l.Spec.Holds[1].Resource != quota.Services {
 			return fmt.Errorf("held: %+v: %w", l.Spec.Holds, err)
 		}

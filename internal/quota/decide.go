@@ -340,23 +340,19 @@ func Overdue(ledger *v1alpha1.QuotaLedgerSpec, now time.Time) []v1alpha1.QuotaRe
 }
 
 // Lapse ends an overdue reservation. Exists is the revision of its object at the API
-// server, 0 if there is none: then it was never created, or is gone.
-//
-// An object that is still as it was before the update will not be updated by it any
-// more. But the reservation may stand for the creation too, which not every View has
-// seen: so it stays until this revision is seen.
-func Lapse(ledger *v1alpha1.QuotaLedgerSpec, uid types.UID, exists Revision) {
+// server, after the reservation's time, and namespace that of the object's namespace; 0 if
+// there is none: then it was never created, or is gone. What the reservation was for, and
+// was written, is no newer, and whoever decides from now on must have seen it.
+func Lapse(ledger *v1alpha1.QuotaLedgerSpec, uid types.UID, exists, namespace Revision) {
 	i := slices.IndexFunc(ledger.Reservations, func(r v1alpha1.QuotaReservation) bool { return r.UID == uid })
 	if i < 0 {
 		return
 	}
-	if exists == 0 {
-		ledger.Reservations = slices.Delete(ledger.Reservations, i, i+1)
-		return
-	}
-	r := &ledger.Reservations[i]
-	if after, err := ParseRevision(r.After); err == nil && exists <= after {
-		r.After = (exists - 1).String()
+	kind := ledger.Reservations[i].Resource
+	ledger.Reservations = slices.Delete(ledger.Reservations, i, i+1)
+	if exists > 0 {
+		settled(ledger, kind, exists)
+		settled(ledger, Namespaces, namespace)
 	}
 }
 

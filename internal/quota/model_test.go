@@ -193,7 +193,7 @@ func (w *world) sweep(r *modelReplica) {
 	w.read(r)
 	r.view.Settle(acme, &r.ledger)
 	for _, o := range Overdue(&r.ledger, w.now) {
-		Lapse(&r.ledger, o.UID, w.objects[o.UID].Revision)
+		Lapse(&r.ledger, o.UID, w.objects[o.UID].Revision, w.history[Namespaces][len(w.spaces)-1].object.Revision)
 	}
 	for _, h := range OverdueHolds(&r.ledger, w.now) {
 		newest := map[string]Revision{Namespaces: w.history[Namespaces][len(w.spaces)-1].object.Revision}

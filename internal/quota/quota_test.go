@@ -224,29 +224,29 @@ func TestGrows(t *testing.T) {
 	}
 }
 
-// What a reservation becomes of which nothing was seen in time.
+// What becomes of a reservation of which nothing was seen in time: it ends, and whoever
+// decides must have seen what was written.
 func TestLapse(t *testing.T) {
 	for name, tt := range map[string]struct {
-		after  string
-		exists Revision
-		want   []string // After of what is left
+		after             string
+		exists, namespace Revision
+		want              map[string]string // Settled
 	}{
-		"never created":               {"", 0, nil},
-		"created, not seen":           {"", 7, []string{""}},
-		"updated, not seen":           {"5", 7, []string{"5"}},
-		"not updated, maybe not seen": {"5", 5, []string{"4"}},
-		"deleted":                     {"5", 0, nil},
+		"never created":               {"", 0, 0, nil},
+		"created, not seen":           {"", 7, 3, map[string]string{Claims: "7", Namespaces: "3"}},
+		"updated, not seen":           {"5", 7, 9, map[string]string{Claims: "7", Namespaces: "9"}},
+		"not updated, maybe not seen": {"5", 5, 3, map[string]string{Claims: "5", Namespaces: "3"}},
+		"deleted":                     {"5", 0, 0, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ledger := v1alpha1.QuotaLedgerSpec{Reservations: []v1alpha1.QuotaReservation{{UID: "a", After: tt.after}}}
-			Lapse(&ledger, "another", 0)
-			Lapse(&ledger, "a", tt.exists)
-			var got []string
-			for _, r := range ledger.Reservations {
-				got = append(got, r.After)
+			ledger := v1alpha1.QuotaLedgerSpec{Reservations: []v1alpha1.QuotaReservation{{UID: "a", Resource: Claims, After: tt.after}}}
+			Lapse(&ledger, "another", 8, 8)
+			if len(ledger.Reservations) != 1 || len(ledger.Settled) > 0 {
+				t.Fatalf("the end of another is the end of this: %+v", ledger)
 			}
-			if diff := cmp.Diff(tt.want, got); diff != "" {
-				t.Errorf("- want, + got:\n%s", diff)
+			Lapse(&ledger, "a", tt.exists, tt.namespace)
+			if diff := cmp.Diff(tt.want, ledger.Settled); len(ledger.Reservations) > 0 || diff != "" {
+				t.Errorf("%+v; settled (- want, + got):\n%s", ledger.Reservations, diff)
 			}
 		})
 	}
