@@ -25,6 +25,7 @@ import (
 
 // flowOf are the UIDs of the FlowSchema and the level that the API server has put a
 // request into; empty for what it puts into none. The answer is not read, nor waited for.
+// A request that is refused with 401 is an error: it has not come as far.
 func flowOf(ctx context.Context, c caller, method, path string) (schema, level string, err error) {
 	base, _, err := rest.DefaultServerUrlFor(c.config)
 	if err != nil {
@@ -39,6 +40,9 @@ func flowOf(ctx context.Context, c caller, method, path string) (schema, level s
 		return "", "", err
 	}
 	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusUnauthorized {
+		return "", "", fmt.Errorf("%s %s: %s", method, path, resp.Status)
+	}
 	return resp.Header.Get(flowcontrolv1.ResponseHeaderMatchedFlowSchemaUID), resp.Header.Get(flowcontrolv1.ResponseHeaderMatchedPriorityLevelConfigurationUID), nil
 }
 
@@ -130,6 +134,11 @@ func TestFlowOfVerb(t *testing.T) {
 				schema, level, err := flowOf(ctx, olga, tt.method, tt.path)
 				if err != nil {
 					return err
+				}
+				for _, uid := range []string{schema, level} {
+					if _, ok := names[uid]; !ok {
+						return fmt.Errorf("no FlowSchema or level has the UID %s", uid)
+					}
 				}
 				if diff := cmp.Diff(tt.want, map[string]string{names[level]: names[schema]}); diff != "" {
 					return fmt.Errorf("- want, + got:\n%s", diff)
@@ -278,8 +287,9 @@ func TestFlowRepair(t *testing.T) {
 		if err := cluster.admin.Get(ctx, client.ObjectKey{Name: name}, &schema); err != nil {
 			t.Fatal(err)
 		}
+		before := schema.DeepCopy()
 		with(&schema)
-		if err := cluster.admin.Update(ctx, &schema); err != nil {
+		if err := cluster.admin.Patch(ctx, &schema, client.MergeFrom(before)); err != nil { // the API server writes the status meanwhile
 			t.Fatal(err)
 		}
 	}
