@@ -299,11 +299,15 @@ func testNamespaceQuota(t *testing.T) {
 }
 
 // fills asserts that a tenant never has more namespaces than it may, and waits until it has as many: a creation that
-// failed after it was admitted keeps its place for a minute.
+// failed after it was admitted keeps its place for a minute at most.
 func (tn tenant) fills(t *testing.T, quota int, one string) {
 	t.Helper()
-	eventually(t, func() error {
-		n := len(strings.Fields(kubectl(t, admin, "get", "namespaces", "-l", "h8s.io/tenant="+tn.name, "-o", "name")))
+	within(t, 90*time.Second, func() error {
+		out, err := try(admin, "get", "namespaces", "-l", "h8s.io/tenant="+tn.name, "-o", "name")
+		if err != nil {
+			return err
+		}
+		n := len(strings.Fields(out))
 		if n > quota {
 			t.Fatalf("the quota is %d namespaces and there are %d", quota, n)
 		}
@@ -405,7 +409,14 @@ func TestCrowd(t *testing.T) {
 			return err
 		})
 		others := len(strings.Fields(kubectl(t, admin, "get", "pods", "-A", "--field-selector=spec.nodeName="+node, "-o", "name"))) - addresses
-		sandboxed := len(processes(node, "runsc-sandbox"))
+		sandboxed := -1
+		eventually(t, func() error { // a child of one, before it becomes another program, is of that name
+			before := sandboxed
+			if sandboxed = len(processes(node, "runsc-sandbox")); sandboxed != before {
+				return fmt.Errorf("%d sandboxes run on %s, and %d did a moment ago", sandboxed, node, before)
+			}
+			return nil
+		})
 		apply(t, tn.owner, deployment(large, "gvisor", sandboxes))
 		apply(t, tn.owner, deployment(large, runc, full-others-addresses-sandboxes))
 		wantReady(large, full-others-addresses)

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -27,7 +28,7 @@ func TestChart(t *testing.T) {
 			t.Errorf("h8s down: %v: %s", err, out)
 		}
 	})
-	if out, err := h8sOutput(10*time.Minute, "up", "--name", name, "--nodes", "2", "--no-product", "--resolver", outsideDNS); err != nil {
+	if out, err := h8sOutput(upLimit, "up", "--name", name, "--nodes", "2", "--no-product", "--resolver", outsideDNS); err != nil {
 		t.Fatalf("h8s up: %v: %s", err, out)
 	}
 	if err := writeKubeconfig(admin); err != nil {
@@ -211,9 +212,14 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 			t.Errorf("kinds: %v, want our five", crds)
 		}
 		eventually(t, func() error { // what the garbage collector takes away goes later
-			left := kubectl(t, admin, "get", "tenants,networks,blocks,validatingadmissionpolicies,mutatingadmissionpolicies,validatingwebhookconfigurations,mutatingwebhookconfigurations,runtimeclasses", "-o", "name")
-			left += kubectl(t, admin, "get", "all,secrets,serviceaccounts", "-n", "h8s-system", "-o", "name", "--selector=app.kubernetes.io/name=h8s")
-			for line := range strings.Lines(kubectl(t, admin, "get", "clusterroles,clusterrolebindings", "-o", "name")) {
+			left, err := try(admin, "get", "tenants,networks,blocks,validatingadmissionpolicies,mutatingadmissionpolicies,validatingwebhookconfigurations,mutatingwebhookconfigurations,runtimeclasses", "-o", "name")
+			inside, errInside := try(admin, "get", "all,secrets,serviceaccounts", "-n", "h8s-system", "-o", "name", "--selector=app.kubernetes.io/name=h8s")
+			roles, errRoles := try(admin, "get", "clusterroles,clusterrolebindings", "-o", "name")
+			if err := errors.Join(err, errInside, errRoles); err != nil {
+				return err
+			}
+			left += inside
+			for line := range strings.Lines(roles) {
 				// One is the embedded cluster's own.
 				if strings.Contains(line, "h8s") && !strings.Contains(line, "kubelet") {
 					left += line
@@ -243,19 +249,32 @@ func testQuotaOfTwoControllers(t *testing.T, tn tenant) {
 	var g errgroup.Group
 	for range 12 {
 		g.Go(func() error {
-			return poll(patience, func() error {
+			var failure error
+			late := poll(patience, func() error {
 				_, err := tryInput(tn.owner, one, "create", "-f", "-")
-				if err != nil && strings.Contains(err.Error(), "has 4 of 4 namespaces") {
-					return nil
+				switch {
+				case err == nil, strings.Contains(err.Error(), "has 4 of 4 namespaces"):
+				case strings.Contains(err.Error(), "try again"), clientTimedOut(err):
+					return err
+				default:
+					failure = err
 				}
-				return err
+				return nil
 			})
+			return errors.Join(failure, late)
 		})
 	}
 	if err := g.Wait(); err != nil {
 		t.Error(err)
 	}
 	tn.fills(t, 4, one)
+}
+
+// clientTimedOut says of an error of kubectl whether no answer came in time. An answer may name
+// a timeout, too: that of a webhook is in its URL.
+func clientTimedOut(err error) bool {
+	return !strings.Contains(err.Error(), "Error from server") &&
+		(strings.Contains(err.Error(), " timeout") || strings.Contains(err.Error(), "Client.Timeout"))
 }
 
 // documented is the fenced block of a document that contains the text.

@@ -49,8 +49,9 @@ func TestUpstream(t *testing.T) {
 	})
 	t.Run("AlreadyUp", func(t *testing.T) {
 		awaitCluster(t)
+		complete(t, cluster.cluster)
 		eventually(t, func() error { // it gives the nodes a moment to say that they are ready
-			out, err := h8sOutput(patience, "up", "--name", cluster.cluster)
+			out, err := h8sOutput(upLimit, "up", "--name", cluster.cluster)
 			if strings.Contains(out, "changed since") {
 				t.Fatalf("h8s up again finds what nobody has changed: %s", out)
 			}

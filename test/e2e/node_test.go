@@ -161,10 +161,11 @@ func doctor(t testing.TB) string {
 	return strings.Join(wrong, "\n")
 }
 
-// doctorReports waits until doctor finds all of these wrong.
+// doctorReports waits until doctor finds all of these wrong. It does not wait for long: who stopped the node's agent,
+// which would remove them, has about a minute until the kubelet kills it and starts another one.
 func doctorReports(t testing.TB, wants ...string) {
 	t.Helper()
-	eventually(t, func() error { // of a node that answers late it says only that
+	within(t, 45*time.Second, func() error { // of a node that answers late it says only that
 		wrong := doctor(t)
 		for _, want := range wants {
 			if !strings.Contains(wrong, want) {
@@ -184,6 +185,21 @@ func doctorContent(t testing.TB) {
 		}
 		return nil
 	})
+}
+
+// upLimit is for `h8s up`. Its own limits are to end first: killed in the middle of helm, it leaves
+// a release that the next one has to repair.
+const upLimit = 10 * time.Minute
+
+// complete asserts that `h8s up` came to its end; whether the nodes are ready does not matter. To be asked before
+// another `h8s up`, which would complete what that one left.
+func complete(t testing.TB, name string) {
+	t.Helper()
+	out, _ := h8sOutput(time.Minute, "status", "--name", name, "-o", "json") // it exits with 1 if a node is not ready
+	var status struct{ Complete bool }
+	if err := json.Unmarshal([]byte(out), &status); err != nil || !status.Complete {
+		t.Errorf("h8s up has not completed cluster %q: %v: %s", name, err, out)
+	}
 }
 
 // h8sOutput runs our CLI and gives back all that it printed.

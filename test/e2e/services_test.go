@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"h8s.io/hypernetes/test/e2e/probe"
 )
@@ -179,7 +180,11 @@ func (s shop) testAffinity(t *testing.T) {
 	for _, from := range []string{"client", "one", "two"} {
 		for _, proto := range []string{"http", "udp"} {
 			eventually(t, func() error {
-				before := s.readiness(t, "one", "two")
+				before, err := s.readiness("one", "two")
+				if err != nil {
+					return err
+				}
+				recent := steady(before)
 				// One call first: calls made at once may all be the first.
 				first, failures := s.answers(t, from, proto, ip+":80", 1)
 				if len(failures) > 0 {
@@ -187,10 +192,17 @@ func (s shop) testAffinity(t *testing.T) {
 				}
 				who, failures := s.answers(t, from, proto, ip+":80", 32)
 				others := slices.DeleteFunc(who, func(pod string) bool { return slices.Contains(first, pod) })
-				if after := s.readiness(t, "one", "two"); len(others) > 0 && after != before {
-					return fmt.Errorf("a pod was not Ready for a moment, and its clients are the other's: %s, then %s", before, after)
-				}
 				if len(others) > 0 {
+					after, err := s.readiness("one", "two")
+					if err != nil {
+						return err
+					}
+					if after != before {
+						return fmt.Errorf("a pod was not Ready for a moment, and its clients are the other's: %s, then %s", before, after)
+					}
+					if recent != nil {
+						return recent
+					}
 					t.Fatalf("%s from %s with affinity: answered by %v, and first by %v; want one of them only", proto, from, others, first)
 				}
 				if len(failures) > 0 {
@@ -204,10 +216,28 @@ func (s shop) testAffinity(t *testing.T) {
 }
 
 // readiness says of pods whether they are Ready, and since when.
-func (s shop) readiness(t testing.TB, pods ...string) string {
-	t.Helper()
-	const since = `jsonpath={range .items[*]}{.metadata.name} {.status.conditions[?(@.type=="Ready")].status} {.status.conditions[?(@.type=="Ready")].lastTransitionTime}; {end}`
-	return kubectl(t, s.owner, append([]string{"get", "pods", "-n", s.ns, "-o", since}, pods...)...)
+func (s shop) readiness(pods ...string) (string, error) {
+	const since = `jsonpath={range .items[*]}{.metadata.name} {.status.conditions[?(@.type=="Ready")].status} {.status.conditions[?(@.type=="Ready")].lastTransitionTime}{"\n"}{end}`
+	return try(s.owner, append([]string{"get", "pods", "-n", s.ns, "-o", since}, pods...)...)
+}
+
+// steady is nil if each pod of a readiness has been Ready for half a minute. Portals hear of a change
+// by watches, later than the status has it, and only then do clients of a pod become another's.
+func steady(readiness string) error {
+	for line := range strings.Lines(readiness) {
+		var pod, ready, since string
+		if _, err := fmt.Sscan(line, &pod, &ready, &since); err != nil {
+			return fmt.Errorf("read the readiness %q: %w", line, err)
+		}
+		at, err := time.Parse(time.RFC3339, since)
+		if err != nil {
+			return err
+		}
+		if ready != "True" || time.Since(at) < 30*time.Second {
+			return fmt.Errorf("pod %s is Ready=%s since %s, and its clients may just have become the other's", pod, ready, since)
+		}
+	}
+	return nil
 }
 
 // testHairpin has a pod call a Service that only itself is behind.

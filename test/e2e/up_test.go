@@ -89,6 +89,7 @@ func TestSideBySide(t *testing.T) {
 	// them once more if they do not; what it does because of a change is wrong at once.
 	upAgain := func(t *testing.T) {
 		t.Helper()
+		complete(t, name)
 		eventually(t, func() error {
 			out := mk("up")
 			for _, did := range []string{"✓ build", "changed since", "older builds"} {
@@ -229,7 +230,7 @@ func TestSideBySide(t *testing.T) {
 type beside struct{ bin, config string }
 
 func (b beside) h8s(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), upLimit)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, filepath.Join(b.bin, "h8s"), args...).CombinedOutput()
 	return string(out), err
@@ -365,11 +366,16 @@ func TestInterruptedUp(t *testing.T) {
 				t.Errorf("h8s up was not killed in its middle: %v", err)
 			}
 			if test.upAgain {
-				if out, err := h8sOutput(10*time.Minute, up...); err != nil {
+				if out, err := h8sOutput(upLimit, up...); err != nil {
 					t.Errorf("h8s up again: %v: %s", err, out)
 				}
+				complete(t, name)
 				eventually(t, func() error { // it gives the nodes a moment to say that they are ready
-					if out, err := h8sOutput(10*time.Minute, up...); err != nil || !strings.Contains(out, "already up") {
+					out, err := h8sOutput(upLimit, up...)
+					if strings.Contains(out, "changed since") {
+						t.Fatalf("h8s up once more finds what nobody has changed: %s", out)
+					}
+					if err != nil || !strings.Contains(out, "already up") {
 						return fmt.Errorf("h8s up once more: %w: %s", err, out)
 					}
 					return nil
