@@ -198,15 +198,18 @@ func (c *Config) diagnose(ctx context.Context) []Check {
 	if err == nil {
 		nodes, err = c.readyNodes(ctx, client)
 	}
+	var checks []Check
 	if err != nil {
-		return []Check{{name, CheckFail, err.Error(), "read the logs in " + c.state().path("nodes")}}
+		checks = append(checks, Check{name, CheckFail, err.Error(), "read the logs in " + c.state().path("nodes")})
+	} else {
+		checks = append(checks, passed(name, fmt.Sprintf("%d nodes ready", len(c.Nodes))), c.diagnoseTaints(nodes))
 	}
-	checks := []Check{passed(name, fmt.Sprintf("%d nodes ready", len(c.Nodes))), c.diagnoseTaints(nodes)}
 	checks = append(checks, c.diagnoseAccelerators())
-	leftovers, err := c.portalLeftovers(ctx)
+	leftovers, lookErr := c.portalLeftovers(ctx)
 	switch {
-	case err != nil:
-		checks = append(checks, Check{name + " networks", CheckFail, err.Error(), ""})
+	case lookErr != nil && err != nil: // one is the cause of the other
+	case lookErr != nil:
+		checks = append(checks, Check{name + " networks", CheckFail, lookErr.Error(), ""})
 	case len(leftovers) > 0:
 		checks = append(checks, Check{
 			name + " networks", CheckFail, strings.Join(leftovers, "; "),

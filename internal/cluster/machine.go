@@ -59,6 +59,9 @@ func diagnoseHyper(ctx context.Context, binDir string) Check {
 			return Check{name, CheckWarn, err.Error(), "apt-get install qemu-system-x86 erofs-utils; without them no pod of the RuntimeClass hyper starts"}
 		}
 	}
+	if choice, ok := probedAlready(); ok {
+		return passed(name, choice.Accelerator+": "+choice.Reason)
+	}
 	dir, err := os.MkdirTemp("", "h8s-doctor-")
 	if err != nil {
 		return Check{name, CheckFail, err.Error(), ""}
@@ -71,6 +74,27 @@ func diagnoseHyper(ctx context.Context, binDir string) Check {
 		return Check{name, CheckWarn, err.Error(), "`make build` makes the guest"}
 	}
 	return passed(name, choice.Accelerator+": "+choice.Reason)
+}
+
+// probedAlready is what a node of a running cluster has found out by the same probe. Where
+// KVM is emulated, another one would keep a processor busy until its time is over.
+func probedAlready() (accel.Choice, bool) {
+	for _, name := range clusterNames() {
+		c, err := loadConfig(name)
+		if err != nil {
+			continue
+		}
+		if running, err := c.running(); err != nil || !running {
+			continue // what its nodes have found may be of an earlier life of the machine
+		}
+		for _, n := range c.Nodes {
+			choice, ok, err := accel.Recorded(c.state().node(n.Name, accel.DefaultDir))
+			if err == nil && ok && !choice.Forced() {
+				return choice, true
+			}
+		}
+	}
+	return accel.Choice{}, false
 }
 
 // verdict is ok, or fail with the error and what to do about it.

@@ -31,6 +31,11 @@ type Choice struct {
 	Reason string `json:"reason"`
 }
 
+const forcedReason = "forced by the configuration"
+
+// Forced says whether the configuration has chosen, and no probe.
+func (c Choice) Forced() bool { return c.Reason == forcedReason }
+
 // Prober says whether a guest really boots with KVM here, and if not, why.
 type Prober func(ctx context.Context) (ok bool, why string, err error)
 
@@ -39,7 +44,7 @@ type Prober func(ctx context.Context) (ok bool, why string, err error)
 func Choose(ctx context.Context, forced string, kvm Prober) (Choice, error) {
 	switch forced {
 	case KVM, TCG:
-		return Choice{forced, "forced by the configuration"}, nil
+		return Choice{forced, forcedReason}, nil
 	case "":
 	default:
 		return Choice{}, fmt.Errorf("accel %q: say kvm or tcg, or leave it out for kvm where it boots a guest", forced)

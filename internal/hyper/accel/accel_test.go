@@ -30,6 +30,9 @@ func TestChoose(t *testing.T) {
 			if got.Accelerator != tt.want || !strings.Contains(got.Reason, tt.reason) {
 				t.Errorf("chose %+v", got)
 			}
+			if forced := tt.reason == "forced"; got.Forced() != forced {
+				t.Errorf("forced: %t, want %t", got.Forced(), forced)
+			}
 			if (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) {
 				t.Errorf("error %v, want %q", err, tt.err)
 			}
