@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -16,8 +17,10 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"testing/fstest"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -25,6 +28,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"h8s.io/hypernetes/internal/hyper/vm"
 )
 
 // testTimeout bounds each wait; it is far more than any of them takes.
@@ -51,6 +56,35 @@ func bin(t testing.TB, name string) string {
 	}
 	return path
 }
+
+// probe is what a node keeps of having found out whether KVM boots a guest. Where KVM is emulated, that takes
+// a quarter of a minute, and each of our nodes would begin with it.
+var probe = sync.OnceValues(func() (fs.FS, error) {
+	dir, err := os.MkdirTemp("", "h8s-probe-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	hyper, err := filepath.Abs("../../bin/hyper")
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	if _, _, err := vm.ProbeKVM(ctx, filepath.Join(hyper, "vmlinuz"), filepath.Join(hyper, "initrd.img"), dir, vm.Users{File: filepath.Join(dir, "users")}); err != nil {
+		return nil, err
+	}
+	kept := fstest.MapFS{}
+	err = fs.WalkDir(os.DirFS(dir), ".", func(name string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		text, err := os.ReadFile(filepath.Join(dir, name))
+		kept[name] = &fstest.MapFile{Data: text, Mode: 0o600}
+		return err
+	})
+	return kept, err
+})
 
 func newNode(t testing.TB) *node {
 	t.Helper()
@@ -94,6 +128,9 @@ disabled_plugins = ["io.containerd.nri.v1.nri"]
       [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.hyper.options]
         ConfigPath = "$DIR/hyper.yaml"
 `))
+	probed, err := probe()
+	must(t, err)
+	must(t, os.CopyFS(n.path("vm"), probed))
 	// As on a node, where it is in /run: what is written there must not wait for a disk.
 	must(t, os.MkdirAll(n.path("state"), 0o700))
 	must(t, syscall.Mount("tmpfs", n.path("state"), "tmpfs", 0, ""))
