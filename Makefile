@@ -143,7 +143,7 @@ hyper: $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img ## what a pod's v
 $(BIN)/hyper/hyperinit: $(SOURCES)
 	$(call step,build hyper/hyperinit,$(gobuild) -ldflags '-s -w' -o $@ ./cmd/hyperinit && touch $@)
 
-$(BIN)/hyper/initrd.img: $(BIN)/hyper/hyperinit $(wildcard images/guest/*.go images/linkage/*.go) $(DPKG) | $(BIN)/.deps
+$(BIN)/hyper/initrd.img: $(BIN)/hyper/hyperinit $(wildcard images/guest/*.go images/guest/seccomp/* images/linkage/*.go) $(DPKG) | $(BIN)/.deps
 	$(call step,build hyper/initrd.img,go run ./images/guest -out $(BIN)/hyper && touch $@)
 
 $(BIN)/containerd-shim-hyper-v1: $(SOURCES)

@@ -30,7 +30,7 @@ func fakeBin(t *testing.T) string {
 	}
 	for _, p := range []string{
 		"agnhost", "h8s-controller", "h8s-node", "h8s-cni",
-		"containerd-shim-hyper-v1", "hyper/vmlinuz", "hyper/initrd.img",
+		"containerd-shim-hyper-v1", "hyper/vmlinuz", "hyper/initrd.img", "hyper/seccomp-filter",
 	} {
 		if err := os.WriteFile(filepath.Join(bin, p), []byte("program "+p), 0o755); err != nil {
 			t.Fatal(err)

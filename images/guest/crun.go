@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	_ "embed"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -22,47 +24,69 @@ var crunOptions = []string{
 // crunNeeds are the packages that it is built with and that become part of it.
 var crunNeeds = []string{"gcc", "libc6-dev", "libcap-dev", "libseccomp-dev"}
 
-// ensureCrun returns a crun that needs no libraries, built below dir of the source of
-// Debian's package. Debian's own is linked with eleven of them: under TCG the dynamic
-// loader's work is half of what each start of it costs. What was built of the same stays.
-func ensureCrun(ctx context.Context, dir string) (program string, err error) {
-	return withLists(ctx, func() (string, error) { return obtainCrun(ctx, dir) })
+// filterSource is a program for the node, which compiles seccomp profiles as crun does.
+//
+//go:embed seccomp/filter.c
+var filterSource []byte //nolint:gochecknoglobals // a constant
+
+// crunPrograms are built of crun's source: crun for the guest, and what compiles seccomp
+// profiles for it on the node.
+type crunPrograms struct{ crun, filter string }
+
+func (p crunPrograms) all() []string { return []string{p.crun, p.filter} }
+
+// crunIn are the programs in a directory.
+func crunIn(dir string) crunPrograms {
+	return crunPrograms{crun: filepath.Join(dir, "crun"), filter: filepath.Join(dir, "seccomp-filter")}
 }
 
-func obtainCrun(ctx context.Context, dir string) (program string, err error) {
-	program, stamp := filepath.Join(dir, "crun"), filepath.Join(dir, "built-of")
+// ensureCrun returns programs that need no libraries, built below dir of the source of
+// Debian's package. Debian's own is linked with eleven of them: under TCG the dynamic
+// loader's work is half of what each start of it costs. What was built of the same stays.
+func ensureCrun(ctx context.Context, dir string) (crunPrograms, error) {
+	return withLists(ctx, func() (crunPrograms, error) { return obtainCrun(ctx, dir) })
+}
+
+func obtainCrun(ctx context.Context, dir string) (crunPrograms, error) {
+	programs, stamp := crunIn(dir), filepath.Join(dir, "built-of")
 	version, of, err := wantedCrun(ctx)
 	switch have, bad := os.ReadFile(stamp); {
 	case bad == nil && (err != nil || string(have) == of):
-		return program, nil // where nobody can tell which it should be, the one that is there will do
+		return programs, nil // where nobody can tell which it should be, the one that is there will do
 	case err != nil:
-		return "", err
+		return crunPrograms{}, err
 	case bad != nil && !errors.Is(bad, fs.ErrNotExist):
-		return "", bad
+		return crunPrograms{}, bad
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return "", err
+		return crunPrograms{}, err
 	}
 	scratch, err := os.MkdirTemp(dir, "build-")
 	if err != nil {
-		return "", err
+		return crunPrograms{}, err
 	}
 	defer os.RemoveAll(scratch)
 	built, err := buildCrun(ctx, scratch, version)
 	if err != nil {
-		return "", err
+		return crunPrograms{}, err
 	}
-	loader, _, err := linkage.Closure(built)
-	if err != nil {
-		return "", err
+	// Without its stamp, a half of what was built is built again.
+	if err := os.Remove(stamp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return crunPrograms{}, err
 	}
-	if loader != "" {
-		return "", fmt.Errorf("%s asks for the loader %s: it should be linked statically", built, loader)
+	for i, program := range built.all() {
+		loader, _, err := linkage.Closure(program)
+		if err != nil {
+			return crunPrograms{}, err
+		}
+		if loader != "" {
+			return crunPrograms{}, fmt.Errorf("%s asks for the loader %s: it should be linked statically", program, loader)
+		}
+		if err := os.Rename(program, programs.all()[i]); err != nil {
+			return crunPrograms{}, err
+		}
 	}
-	if err := os.Rename(built, program); err != nil {
-		return "", err
-	}
-	return program, os.WriteFile(stamp, []byte(of), 0o644)
+	return programs, os.WriteFile(stamp, []byte(of), 0o644)
 }
 
 // wantedCrun is the version that Debian has, and all that a build of it depends on.
@@ -78,24 +102,30 @@ func wantedCrun(ctx context.Context) (version, of string, err error) {
 	if err != nil {
 		return "", "", fmt.Errorf("%w; run make deps", err)
 	}
-	return version, fmt.Sprintf("crun %s, configured with %s, and\n%s", version, strings.Join(crunOptions, " "), with), nil
+	return version, fmt.Sprintf("crun %s, configured with %s, a filter of %x, and\n%s",
+		version, strings.Join(crunOptions, " "), sha256.Sum256(filterSource), with), nil
 }
 
 // buildCrun builds a version of the source package in the directory scratch.
-func buildCrun(ctx context.Context, scratch, version string) (program string, err error) {
+func buildCrun(ctx context.Context, scratch, version string) (crunPrograms, error) {
 	source, err := fetchSource(ctx, scratch, "crun", version)
 	if err != nil {
-		return "", err
+		return crunPrograms{}, err
 	}
+	if err := os.WriteFile(filepath.Join(source, "src/filter.c"), filterSource, 0o644); err != nil {
+		return crunPrograms{}, err
+	}
+	const static = "LDFLAGS=-all-static -Wl,-s"
 	configure := append([]string{}, crunOptions...)
 	for _, flags := range []string{"CFLAGS", "CPPFLAGS"} {
 		value, err := run(ctx, source, "dpkg-buildflags", "--get", flags) // Debian's hardening
 		if err != nil {
-			return "", err
+			return crunPrograms{}, err
 		}
 		value = strings.TrimSpace(value)
 		if flags == "CPPFLAGS" {
 			value += " -I" + filepath.Join(source, "libocispec/yajl/src/headers") // only libocispec's own Makefile knows of it
+			value += " -I" + filepath.Join(source, "libocispec/src")              // and only crun's rules of this
 		}
 		configure = append(configure, flags+"="+value)
 	}
@@ -103,13 +133,17 @@ func buildCrun(ctx context.Context, scratch, version string) (program string, er
 		append([]string{"./configure"}, configure...),
 		{"make", "-C", "libocispec"},
 		{"make", "git-version.h"},
-		{"make", "crun", "LDFLAGS=-all-static -Wl,-s"},
+		{"make", "crun", static},
+		{"mv", "crun", "crun.built"},
+		{"make", "crun", static, "crun_OBJECTS=src/filter.o"}, // its libraries, and another main
+		{"mv", "crun", "seccomp-filter"},
+		{"mv", "crun.built", "crun"},
 	} {
 		if _, err := run(ctx, source, step[0], step[1:]...); err != nil {
-			return "", fmt.Errorf("build crun: %w", err)
+			return crunPrograms{}, fmt.Errorf("build crun: %w", err)
 		}
 	}
-	return filepath.Join(source, "crun"), nil
+	return crunIn(source), nil
 }
 
 // fetchSource downloads and unpacks a source package into scratch. The machine's

@@ -1,6 +1,7 @@
 // Command guest makes what a pod's virtual machine boots: Debian's cloud kernel, and an
 // initramfs of our init, crun, and the few kernel modules that they need. The kernel's
-// package is downloaded and unpacked, not installed; crun is built of its package's source.
+// package is downloaded and unpacked, not installed; crun is built of its package's source,
+// and so is seccomp-filter, which works for it on the node.
 // What is right already stays.
 package main
 
@@ -36,7 +37,7 @@ var bootModules = []string{
 var fileSystems = []string{"xfs"}
 
 func main() {
-	out := flag.String("out", "bin/hyper", "directory that holds hyperinit, and gets vmlinuz and initrd.img")
+	out := flag.String("out", "bin/hyper", "directory that holds hyperinit, and gets vmlinuz, initrd.img and seccomp-filter")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := build(ctx, *out)
@@ -61,7 +62,15 @@ func build(ctx context.Context, out string) error {
 	if err != nil {
 		return err
 	}
-	t, err := guestTree(ctx, k, out)
+	built, err := ensureCrun(ctx, filepath.Join(out, "crun"))
+	if err != nil {
+		return err
+	}
+	filter, err := os.ReadFile(built.filter)
+	if err != nil {
+		return err
+	}
+	t, err := guestTree(ctx, k, filepath.Join(out, "hyperinit"), built.crun)
 	if err != nil {
 		return err
 	}
@@ -72,8 +81,9 @@ func build(ctx context.Context, out string) error {
 	for _, f := range []struct {
 		name string
 		data []byte
-	}{{"vmlinuz", image}, {"initrd.img", initrd.Bytes()}} {
-		written, err := ensureFile(filepath.Join(out, f.name), f.data)
+		mode fs.FileMode
+	}{{"vmlinuz", image, 0o644}, {"seccomp-filter", filter, 0o755}, {"initrd.img", initrd.Bytes(), 0o644}} {
+		written, err := ensureFile(filepath.Join(out, f.name), f.data, f.mode)
 		if err != nil {
 			return err
 		}
@@ -87,22 +97,18 @@ func build(ctx context.Context, out string) error {
 }
 
 // guestTree gathers the initramfs; package guest knows these paths.
-func guestTree(ctx context.Context, k kernel, programs string) (tree, error) {
+func guestTree(ctx context.Context, k kernel, initProgram, crun string) (tree, error) {
 	t := tree{
 		// The kernel opens the one for init, and Go's runtime the other, before init has
 		// mounted anything.
 		"dev/console": {mode: fs.ModeDevice | fs.ModeCharDevice | 0o600, device: unix.Mkdev(5, 1)},
 		"dev/null":    {mode: fs.ModeDevice | fs.ModeCharDevice | 0o666, device: unix.Mkdev(1, 3)},
 	}
-	hyperinit, err := os.ReadFile(filepath.Join(programs, "hyperinit"))
+	hyperinit, err := os.ReadFile(initProgram)
 	if err != nil {
 		return nil, fmt.Errorf("%w; run make hyper", err)
 	}
 	t["init"] = node{mode: 0o755, data: hyperinit}
-	crun, err := ensureCrun(ctx, filepath.Join(programs, "crun"))
-	if err != nil {
-		return nil, err
-	}
 	data, err := os.ReadFile(crun)
 	if err != nil {
 		return nil, err
@@ -162,7 +168,7 @@ func gzipped(name string, data []byte) (string, []byte) {
 
 // ensureFile makes name hold data, whole or not at all, and reports whether it had to
 // be written.
-func ensureFile(name string, data []byte) (written bool, err error) {
+func ensureFile(name string, data []byte, mode fs.FileMode) (written bool, err error) {
 	have, err := os.ReadFile(name)
 	if err == nil && bytes.Equal(have, data) {
 		return false, nil
@@ -170,5 +176,5 @@ func ensureFile(name string, data []byte) (written bool, err error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err
 	}
-	return true, renameio.WriteFile(name, data, 0o644)
+	return true, renameio.WriteFile(name, data, mode)
 }

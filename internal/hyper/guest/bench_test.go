@@ -121,7 +121,9 @@ func (m *machine) life(id string, took func(step string, d duration)) {
 		took(step, duration{time.Since(begin), m.cpu() - cpu})
 	}
 	ctx := m.t.Context()
-	raw, err := json.Marshal(spec("sleep", "1000"))
+	s := spec("sleep", "1000")
+	compile(m.t, s)
+	raw, err := json.Marshal(s)
 	if err != nil {
 		m.t.Fatal(err)
 	}

@@ -24,7 +24,7 @@ import (
 
 	"github.com/containerd/cgroups/v3/cgroup2/stats"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
-	"github.com/containerd/containerd/v2/contrib/seccomp"
+	profiles "github.com/containerd/containerd/v2/contrib/seccomp"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/errgroup"
@@ -32,6 +32,7 @@ import (
 
 	"h8s.io/hypernetes/internal/hyper/channel"
 	"h8s.io/hypernetes/internal/hyper/guestapi"
+	"h8s.io/hypernetes/internal/hyper/seccomp"
 	"h8s.io/hypernetes/internal/hyper/vm"
 )
 
@@ -62,6 +63,7 @@ func TestMachine(t *testing.T) {
 		"volume":     testVolume,
 		"dial":       testDial,
 		"signals":    testSignals,
+		"seccomp":    testSeccompOfNode,
 		"bad_bundle": testBadBundle,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -105,7 +107,7 @@ func busyboxLayer(t testing.TB) string {
 	if err := os.WriteFile(filepath.Join(dir, "root/bin/busybox"), busybox, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for _, applet := range []string{"sh", "cat", "sleep", "echo", "hostname", "sha256sum", "dd", "nc", "touch", "kill", "ps"} {
+	for _, applet := range []string{"sh", "cat", "sleep", "echo", "hostname", "sha256sum", "dd", "nc", "touch", "kill", "ps", "unshare"} {
 		if err := os.Symlink("busybox", filepath.Join(dir, "root/bin", applet)); err != nil {
 			t.Fatal(err)
 		}
@@ -151,8 +153,16 @@ func spec(args ...string) *specs.Spec {
 			ReadonlyPaths: []string{"/proc/sys"},
 		},
 	}
-	s.Linux.Seccomp = seccomp.DefaultProfile(s)
+	s.Linux.Seccomp = profiles.DefaultProfile(s)
 	return s
+}
+
+// compile compiles a specification's seccomp profile, as the shim does.
+func compile(t testing.TB, s *specs.Spec) {
+	t.Helper()
+	if err := seccomp.Compile(t.Context(), "../../../bin/hyper/seccomp-filter", s); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // create makes and starts a container, which is removed with the test.
@@ -492,6 +502,39 @@ func testSignals(t *testing.T, m *machine) {
 	c := m.create("signals", s)
 	check(t, "output", m.all(c.stdout), "alive\n")
 	m.must("GET", "/v1/events?follow=false", nil)
+}
+
+// testSeccompOfNode has the node compile a profile: the filter is the one that the guest
+// makes of it, and refuses what it should.
+func testSeccompOfNode(t *testing.T, m *machine) {
+	args := []string{"sh", "-c", "unshare -U true 2>/dev/null && echo allowed; echo end; cat"}
+	unconfined, ofGuest, ofNode := spec(args...), spec(args...), spec(args...)
+	unconfined.Linux.Seccomp = nil
+	compile(t, ofNode)
+	if len(ofNode.Linux.Seccomp.Syscalls) != 0 {
+		t.Fatal("the guest gets the rules, too")
+	}
+	var filters [][]byte
+	for _, test := range []struct {
+		id   string
+		spec *specs.Spec
+		want string
+	}{
+		{"unconfined", unconfined, "allowed"},
+		{"of-guest", ofGuest, "end"},
+		{"of-node", ofNode, "end"},
+	} {
+		c := m.create(test.id, test.spec)
+		check(t, test.id, c.line(c.stdout), test.want)
+		if test.spec.Linux.Seccomp != nil {
+			filters = append(filters, m.must("GET", "/v1/files?path=/run/containerd/runc/h8s/"+test.id+"/seccomp.bpf", nil))
+		}
+		c.closeInput()
+		check(t, test.id+" ends", c.wait(""), 0)
+	}
+	if !bytes.Equal(filters[0], filters[1]) || len(filters[0]) == 0 {
+		t.Errorf("the guest made a filter of %d bytes, the node another one of %d", len(filters[0]), len(filters[1]))
+	}
 }
 
 func testBadBundle(t *testing.T, m *machine) {

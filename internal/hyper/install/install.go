@@ -22,7 +22,7 @@ const (
 )
 
 // files are what the runtime consists of; the value is the mode that each is installed
-// with. The shim finds the other two beside itself, and comes last: it never sees a guest
+// with. The shim finds the others beside itself, and comes last: it never sees a guest
 // that is older than itself.
 var files = []struct { //nolint:gochecknoglobals // a constant
 	name string
@@ -30,6 +30,7 @@ var files = []struct { //nolint:gochecknoglobals // a constant
 }{
 	{"hyper/vmlinuz", 0o644},
 	{"hyper/initrd.img", 0o644},
+	{"hyper/seccomp-filter", 0o755},
 	{Shim, 0o755},
 }
 

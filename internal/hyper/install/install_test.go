@@ -31,6 +31,7 @@ func TestEnsure(t *testing.T) {
 	big := strings.Repeat("x", 3<<20)
 	write("hyper/vmlinuz", big)
 	write("hyper/initrd.img", "initrd")
+	write("hyper/seccomp-filter", "filter")
 	if _, err := Ensure(source, dir, confDir); err == nil {
 		t.Fatal("a source without the shim was installed")
 	}

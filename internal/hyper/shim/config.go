@@ -47,6 +47,9 @@ type Config struct {
 	// DirectVolumeDir is where CSI drivers write down which disks are a pod's volumes, see
 	// package directvolume (default: /run/h8s/direct-volumes).
 	DirectVolumeDir string `json:"directVolumeDir,omitempty"`
+
+	// seccompFilter is the program that compiles seccomp profiles, beside the shim.
+	seccompFilter string
 }
 
 // DefaultConfigPath is where the configuration is looked for when containerd's
@@ -74,6 +77,7 @@ func LoadConfig(path string) (Config, error) {
 	images := filepath.Join(filepath.Dir(self), "hyper")
 	c.Kernel = orDefault(c.Kernel, filepath.Join(images, "vmlinuz"))
 	c.Initrd = orDefault(c.Initrd, filepath.Join(images, "initrd.img"))
+	c.seccompFilter = filepath.Join(images, "seccomp-filter")
 	c.CacheDir = orDefault(c.CacheDir, "/var/lib/h8s/hyper")
 	c.RunDir = orDefault(c.RunDir, accel.DefaultDir)
 	c.KubeletDir = orDefault(c.KubeletDir, "/var/lib/kubelet")

@@ -25,6 +25,7 @@ import (
 
 	"h8s.io/hypernetes/internal/hyper/guestapi"
 	"h8s.io/hypernetes/internal/hyper/layers"
+	"h8s.io/hypernetes/internal/hyper/seccomp"
 )
 
 const (
@@ -231,6 +232,9 @@ func (p *pod) create(ctx context.Context, r *task.CreateTaskRequest) (_ *contain
 	asked := takeDevices(spec)
 	if err := inGuest(spec, p.sharesPID()); err != nil {
 		return nil, err
+	}
+	if err := seccomp.Compile(ctx, p.settings.seccompFilter, spec); err != nil {
+		log.L.WithError(err).WithField("id", c.id).Warn("the guest compiles the seccomp profile itself, which takes longer")
 	}
 	if err := p.mount(ctx, c, spec); err != nil {
 		return nil, err
