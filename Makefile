@@ -134,17 +134,17 @@ krew: $(BIN)/h8s ## the kubectl plugin and its manifest for krew, into bin/krew/
 images: $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) ## container images, as archives in bin/images
 
 # Of our programs and of Debian's. An archive that is right already is not written again.
-$(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) &: $(filter-out %_test.go,$(wildcard images/*.go images/linkage/*.go images/pause/*)) go.mod $(DPKG) $(BIN)/.deps $(BIN)/agnhost $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img $(addprefix $(BIN)/,$(OURS))
+$(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))) &: $(filter-out %_test.go,$(wildcard images/*.go images/linkage/*.go images/pause/*)) go.mod $(DPKG) $(BIN)/.deps $(BIN)/agnhost $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img $(BIN)/hyper/seccomp-filter $(addprefix $(BIN)/,$(OURS))
 	$(call step,build images,go run ./images --bin $(BIN) --out $(BIN)/images $(IMAGES) && touch $(addprefix $(BIN)/images/,$(addsuffix .tar,$(IMAGES))))
 
 # The VM sandbox.
-hyper: $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img ## what a pod's virtual machine needs, into bin/ and bin/hyper/
+hyper: $(BIN)/containerd-shim-hyper-v1 $(BIN)/hyper/initrd.img $(BIN)/hyper/seccomp-filter ## what a pod's virtual machine needs, into bin/ and bin/hyper/
 
 $(BIN)/hyper/hyperinit: $(SOURCES)
 	$(call step,build hyper/hyperinit,$(gobuild) -ldflags '-s -w' -o $@ ./cmd/hyperinit && touch $@)
 
-$(BIN)/hyper/initrd.img: $(BIN)/hyper/hyperinit $(wildcard images/guest/*.go images/guest/seccomp/* images/linkage/*.go) $(DPKG) | $(BIN)/.deps
-	$(call step,build hyper/initrd.img,go run ./images/guest -out $(BIN)/hyper && touch $@)
+$(BIN)/hyper/initrd.img $(BIN)/hyper/seccomp-filter &: $(BIN)/hyper/hyperinit $(wildcard images/guest/*.go images/guest/seccomp/* images/linkage/*.go) $(DPKG) | $(BIN)/.deps
+	$(call step,build hyper/initrd.img,go run ./images/guest -out $(BIN)/hyper && touch $(BIN)/hyper/initrd.img $(BIN)/hyper/seccomp-filter)
 
 $(BIN)/containerd-shim-hyper-v1: $(SOURCES)
 	$(call step,build containerd-shim-hyper-v1,$(gobuild) -ldflags '-s -w' -o $@ ./cmd/containerd-shim-hyper-v1 && touch $@)

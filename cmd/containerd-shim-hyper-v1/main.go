@@ -22,7 +22,7 @@ func main() {
 	}
 	shim.Register()
 	containerd.RunShim(context.Background(), shim.NewManager("io.containerd.hyper.v1"), func(c *containerd.Config) {
-		// The children are QEMU and mkfs.erofs, which their parents in this process wait for.
+		// The children are QEMU, mkfs.erofs and seccomp-filter, which their parents in this process wait for.
 		c.NoReaper, c.NoSubreaper = true, true
 	})
 }

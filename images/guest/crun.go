@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"h8s.io/hypernetes/images/linkage"
@@ -24,6 +25,18 @@ var crunOptions = []string{
 // crunNeeds are the packages that it is built with and that become part of it.
 var crunNeeds = []string{"gcc", "libc6-dev", "libcap-dev", "libseccomp-dev"}
 
+// crunSteps build both programs of a source that is configured.
+var crunSteps = [][]string{ //nolint:gochecknoglobals // a constant
+	{"make", "-C", "libocispec"},
+	{"make", "git-version.h"},
+	{"make", "crun", "LDFLAGS=-all-static -Wl,-s"},
+	{"mv", "crun", "crun.built"},
+	// The same libraries, and another main.
+	{"make", "crun", "crun_OBJECTS=src/filter.o", "LDFLAGS=-all-static -Wl,-s -Wl,--wrap=ensure_cloned_binary"},
+	{"mv", "crun", "seccomp-filter"},
+	{"mv", "crun.built", "crun"},
+}
+
 // filterSource is a program for the node, which compiles seccomp profiles as crun does.
 //
 //go:embed seccomp/filter.c
@@ -34,6 +47,13 @@ var filterSource []byte //nolint:gochecknoglobals // a constant
 type crunPrograms struct{ crun, filter string }
 
 func (p crunPrograms) all() []string { return []string{p.crun, p.filter} }
+
+func (p crunPrograms) exist() bool {
+	return !slices.ContainsFunc(p.all(), func(name string) bool {
+		_, err := os.Stat(name)
+		return err != nil
+	})
+}
 
 // crunIn are the programs in a directory.
 func crunIn(dir string) crunPrograms {
@@ -51,7 +71,9 @@ func obtainCrun(ctx context.Context, dir string) (crunPrograms, error) {
 	programs, stamp := crunIn(dir), filepath.Join(dir, "built-of")
 	version, of, err := wantedCrun(ctx)
 	switch have, bad := os.ReadFile(stamp); {
-	case bad == nil && (err != nil || string(have) == of):
+	case bad == nil && err == nil && string(have) == of:
+		return programs, nil
+	case bad == nil && err != nil && programs.exist():
 		return programs, nil // where nobody can tell which it should be, the one that is there will do
 	case err != nil:
 		return crunPrograms{}, err
@@ -102,8 +124,8 @@ func wantedCrun(ctx context.Context) (version, of string, err error) {
 	if err != nil {
 		return "", "", fmt.Errorf("%w; run make deps", err)
 	}
-	return version, fmt.Sprintf("crun %s, configured with %s, a filter of %x, and\n%s",
-		version, strings.Join(crunOptions, " "), sha256.Sum256(filterSource), with), nil
+	return version, fmt.Sprintf("crun %s, configured with %s, built by %q, a filter of %x, and\n%s",
+		version, strings.Join(crunOptions, " "), crunSteps, sha256.Sum256(filterSource), with), nil
 }
 
 // buildCrun builds a version of the source package in the directory scratch.
@@ -115,8 +137,7 @@ func buildCrun(ctx context.Context, scratch, version string) (crunPrograms, erro
 	if err := os.WriteFile(filepath.Join(source, "src/filter.c"), filterSource, 0o644); err != nil {
 		return crunPrograms{}, err
 	}
-	const static = "LDFLAGS=-all-static -Wl,-s"
-	configure := append([]string{}, crunOptions...)
+	configure := append([]string{"./configure"}, crunOptions...)
 	for _, flags := range []string{"CFLAGS", "CPPFLAGS"} {
 		value, err := run(ctx, source, "dpkg-buildflags", "--get", flags) // Debian's hardening
 		if err != nil {
@@ -129,16 +150,7 @@ func buildCrun(ctx context.Context, scratch, version string) (crunPrograms, erro
 		}
 		configure = append(configure, flags+"="+value)
 	}
-	for _, step := range [][]string{
-		append([]string{"./configure"}, configure...),
-		{"make", "-C", "libocispec"},
-		{"make", "git-version.h"},
-		{"make", "crun", static},
-		{"mv", "crun", "crun.built"},
-		{"make", "crun", static, "crun_OBJECTS=src/filter.o"}, // its libraries, and another main
-		{"mv", "crun", "seccomp-filter"},
-		{"mv", "crun.built", "crun"},
-	} {
+	for _, step := range slices.Insert(slices.Clone(crunSteps), 0, configure) {
 		if _, err := run(ctx, source, step[0], step[1:]...); err != nil {
 			return crunPrograms{}, fmt.Errorf("build crun: %w", err)
 		}

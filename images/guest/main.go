@@ -166,12 +166,12 @@ func gzipped(name string, data []byte) (string, []byte) {
 	return name + ".gz", packed.Bytes()
 }
 
-// ensureFile makes name hold data, whole or not at all, and reports whether it had to
-// be written.
+// ensureFile makes name hold data and have a mode, whole or not at all, and reports whether
+// it had to be written.
 func ensureFile(name string, data []byte, mode fs.FileMode) (written bool, err error) {
 	have, err := os.ReadFile(name)
 	if err == nil && bytes.Equal(have, data) {
-		return false, nil
+		return false, os.Chmod(name, mode)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err

@@ -394,6 +394,11 @@ func TestContainers(t *testing.T) {
 		"1000\ntouch: /x: Read-only file system\nls: /mine: No such file or directory\nCapEff:0000000000000000\nSeccomp:2" {
 		t.Errorf("the confined container: %q", got)
 	}
+	log, err := os.ReadFile(n.path("log"))
+	must(t, err)
+	if bytes.Contains(log, []byte("compile a seccomp profile")) {
+		t.Error("the node did not compile the seccomp profile: containerd's log has the reason")
+	}
 	if got := p.exec(first, "ps"); !strings.Contains(got, "sleep 5678") {
 		t.Errorf("the first container does not see the second's processes: %s", got)
 	}

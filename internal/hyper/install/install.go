@@ -96,7 +96,8 @@ func Remove(dir, confDir string) error {
 	}
 	var errs []error
 	for _, path := range append(paths, filepath.Join(dir, "hyper")) {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		// What another release or an operator has put beside ours stays, with its directory.
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTEMPTY) {
 			errs = append(errs, err)
 		}
 	}

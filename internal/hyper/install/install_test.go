@@ -62,6 +62,16 @@ func TestEnsure(t *testing.T) {
 		t.Error("a file that pods may have open was written to, or not replaced")
 	}
 
+	foreign := filepath.Join(dir, "hyper/kernel-of-ours")
+	if err := os.WriteFile(foreign, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Remove(dir, confDir); err != nil {
+		t.Errorf("with a file that is not the runtime's: %v", err)
+	}
+	if err := os.Remove(foreign); err != nil {
+		t.Errorf("somebody else's file: %v", err)
+	}
 	for range 2 {
 		if err := Remove(dir, confDir); err != nil {
 			t.Fatal(err)

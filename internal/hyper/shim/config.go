@@ -22,6 +22,9 @@ type Config struct {
 	// beside the shim).
 	Kernel string `json:"kernel,omitempty"`
 	Initrd string `json:"initrd,omitempty"`
+	// SeccompFilter compiles seccomp profiles, see package seccomp (default:
+	// hyper/seccomp-filter beside the shim).
+	SeccompFilter string `json:"seccompFilter,omitempty"`
 	// Accel is kvm or tcg (default: kvm where it really boots a guest).
 	Accel string `json:"accel,omitempty"`
 	// CacheDir holds the images of container layers, and templates of virtual machines
@@ -47,9 +50,6 @@ type Config struct {
 	// DirectVolumeDir is where CSI drivers write down which disks are a pod's volumes, see
 	// package directvolume (default: /run/h8s/direct-volumes).
 	DirectVolumeDir string `json:"directVolumeDir,omitempty"`
-
-	// seccompFilter is the program that compiles seccomp profiles, beside the shim.
-	seccompFilter string
 }
 
 // DefaultConfigPath is where the configuration is looked for when containerd's
@@ -77,7 +77,7 @@ func LoadConfig(path string) (Config, error) {
 	images := filepath.Join(filepath.Dir(self), "hyper")
 	c.Kernel = orDefault(c.Kernel, filepath.Join(images, "vmlinuz"))
 	c.Initrd = orDefault(c.Initrd, filepath.Join(images, "initrd.img"))
-	c.seccompFilter = filepath.Join(images, "seccomp-filter")
+	c.SeccompFilter = orDefault(c.SeccompFilter, filepath.Join(images, "seccomp-filter"))
 	c.CacheDir = orDefault(c.CacheDir, "/var/lib/h8s/hyper")
 	c.RunDir = orDefault(c.RunDir, accel.DefaultDir)
 	c.KubeletDir = orDefault(c.KubeletDir, "/var/lib/kubelet")

@@ -233,7 +233,7 @@ func (p *pod) create(ctx context.Context, r *task.CreateTaskRequest) (_ *contain
 	if err := inGuest(spec, p.sharesPID()); err != nil {
 		return nil, err
 	}
-	if err := seccomp.Compile(ctx, p.settings.seccompFilter, spec); err != nil {
+	if err := seccomp.Compile(ctx, p.settings.SeccompFilter, spec); err != nil {
 		log.L.WithError(err).WithField("id", c.id).Warn("the guest compiles the seccomp profile itself, which takes longer")
 	}
 	if err := p.mount(ctx, c, spec); err != nil {

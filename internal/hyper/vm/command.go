@@ -55,9 +55,10 @@ func newMachine(c Config) (*machine, error) {
 			return nil, err
 		}
 		// Without ERMS the guest's kernel and libraries copy eight bytes and more at a time:
-		// TCG executes "rep movsb" byte by byte. Without LA57 there is a level less of page
-		// tables to walk, which TCG does in software.
-		m.arg("-accel", "tcg,thread=multi,tb-size=64", "-cpu", "max,erms=off,la57=off")
+		// TCG executes "rep movsb" byte by byte. FSRM, which QEMU has since 8.0, means nothing
+		// without it, but kernels before 6.5 would not boot. Without LA57 there is a level less
+		// of page tables to walk, which TCG does in software.
+		m.arg("-accel", "tcg,thread=multi,tb-size=64", "-cpu", "max,erms=off,fsrm=off,la57=off")
 		parameters += fmt.Sprintf(" tsc=reliable tsc_early_khz=%d", frequency)
 	default:
 		return nil, fmt.Errorf("accelerator %q: there are kvm and tcg", c.Accel)
