@@ -44,71 +44,67 @@ var filterSource []byte //nolint:gochecknoglobals // a constant
 
 // crunPrograms are built of crun's source: crun for the guest, and what compiles seccomp
 // profiles for it on the node.
-type crunPrograms struct{ crun, filter string }
+var crunPrograms = []string{"crun", "seccomp-filter"} //nolint:gochecknoglobals // a constant
 
-func (p crunPrograms) all() []string { return []string{p.crun, p.filter} }
-
-func (p crunPrograms) exist() bool {
-	return !slices.ContainsFunc(p.all(), func(name string) bool {
-		_, err := os.Stat(name)
-		return err != nil
-	})
-}
-
-// crunIn are the programs in a directory.
-func crunIn(dir string) crunPrograms {
-	return crunPrograms{crun: filepath.Join(dir, "crun"), filter: filepath.Join(dir, "seccomp-filter")}
-}
-
-// ensureCrun returns programs that need no libraries, built below dir of the source of
+// ensureCrun makes dir hold crunPrograms, which need no libraries, built of the source of
 // Debian's package. Debian's own is linked with eleven of them: under TCG the dynamic
 // loader's work is half of what each start of it costs. What was built of the same stays.
-func ensureCrun(ctx context.Context, dir string) (crunPrograms, error) {
-	return withLists(ctx, func() (crunPrograms, error) { return obtainCrun(ctx, dir) })
+func ensureCrun(ctx context.Context, dir string) error {
+	_, err := withLists(ctx, func() (struct{}, error) { return struct{}{}, obtainCrun(ctx, dir) })
+	return err
 }
 
-func obtainCrun(ctx context.Context, dir string) (crunPrograms, error) {
-	programs, stamp := crunIn(dir), filepath.Join(dir, "built-of")
+func obtainCrun(ctx context.Context, dir string) error {
+	stamp := filepath.Join(dir, "built-of")
 	version, of, err := wantedCrun(ctx)
 	switch have, bad := os.ReadFile(stamp); {
 	case bad == nil && err == nil && string(have) == of:
-		return programs, nil
-	case bad == nil && err != nil && programs.exist():
-		return programs, nil // where nobody can tell which it should be, the one that is there will do
+		return nil
+	case bad == nil && err != nil && haveCrun(dir):
+		return nil // where nobody can tell which it should be, the one that is there will do
 	case err != nil:
-		return crunPrograms{}, err
+		return err
 	case bad != nil && !errors.Is(bad, fs.ErrNotExist):
-		return crunPrograms{}, bad
+		return bad
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return crunPrograms{}, err
+		return err
 	}
 	scratch, err := os.MkdirTemp(dir, "build-")
 	if err != nil {
-		return crunPrograms{}, err
+		return err
 	}
 	defer os.RemoveAll(scratch)
-	built, err := buildCrun(ctx, scratch, version)
+	source, err := buildCrun(ctx, scratch, version)
 	if err != nil {
-		return crunPrograms{}, err
+		return err
 	}
 	// Without its stamp, a half of what was built is built again.
 	if err := os.Remove(stamp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return crunPrograms{}, err
+		return err
 	}
-	for i, program := range built.all() {
-		loader, _, err := linkage.Closure(program)
+	for _, name := range crunPrograms {
+		built := filepath.Join(source, name)
+		loader, _, err := linkage.Closure(built)
 		if err != nil {
-			return crunPrograms{}, err
+			return err
 		}
 		if loader != "" {
-			return crunPrograms{}, fmt.Errorf("%s asks for the loader %s: it should be linked statically", program, loader)
+			return fmt.Errorf("%s asks for the loader %s: it should be linked statically", built, loader)
 		}
-		if err := os.Rename(program, programs.all()[i]); err != nil {
-			return crunPrograms{}, err
+		if err := os.Rename(built, filepath.Join(dir, name)); err != nil {
+			return err
 		}
 	}
-	return programs, os.WriteFile(stamp, []byte(of), 0o644)
+	return os.WriteFile(stamp, []byte(of), 0o644)
+}
+
+// haveCrun says whether all of crunPrograms are in a directory.
+func haveCrun(dir string) bool {
+	return !slices.ContainsFunc(crunPrograms, func(name string) bool {
+		_, err := os.Stat(filepath.Join(dir, name))
+		return err != nil
+	})
 }
 
 // wantedCrun is the version that Debian has, and all that a build of it depends on.
@@ -128,20 +124,21 @@ func wantedCrun(ctx context.Context) (version, of string, err error) {
 		version, strings.Join(crunOptions, " "), crunSteps, sha256.Sum256(filterSource), with), nil
 }
 
-// buildCrun builds a version of the source package in the directory scratch.
-func buildCrun(ctx context.Context, scratch, version string) (crunPrograms, error) {
-	source, err := fetchSource(ctx, scratch, "crun", version)
+// buildCrun builds crunPrograms of a version of the source package, below the directory
+// scratch, and returns the directory that they are in.
+func buildCrun(ctx context.Context, scratch, version string) (source string, err error) {
+	source, err = fetchSource(ctx, scratch, "crun", version)
 	if err != nil {
-		return crunPrograms{}, err
+		return "", err
 	}
 	if err := os.WriteFile(filepath.Join(source, "src/filter.c"), filterSource, 0o644); err != nil {
-		return crunPrograms{}, err
+		return "", err
 	}
 	configure := append([]string{"./configure"}, crunOptions...)
 	for _, flags := range []string{"CFLAGS", "CPPFLAGS"} {
 		value, err := run(ctx, source, "dpkg-buildflags", "--get", flags) // Debian's hardening
 		if err != nil {
-			return crunPrograms{}, err
+			return "", err
 		}
 		value = strings.TrimSpace(value)
 		if flags == "CPPFLAGS" {
@@ -152,10 +149,10 @@ func buildCrun(ctx context.Context, scratch, version string) (crunPrograms, erro
 	}
 	for _, step := range slices.Insert(slices.Clone(crunSteps), 0, configure) {
 		if _, err := run(ctx, source, step[0], step[1:]...); err != nil {
-			return crunPrograms{}, fmt.Errorf("build crun: %w", err)
+			return "", fmt.Errorf("build crun: %w", err)
 		}
 	}
-	return crunIn(source), nil
+	return source, nil
 }
 
 // fetchSource downloads and unpacks a source package into scratch. The machine's

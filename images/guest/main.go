@@ -62,15 +62,15 @@ func build(ctx context.Context, out string) error {
 	if err != nil {
 		return err
 	}
-	built, err := ensureCrun(ctx, filepath.Join(out, "crun"))
+	built := filepath.Join(out, "crun")
+	if err := ensureCrun(ctx, built); err != nil {
+		return err
+	}
+	filter, err := os.ReadFile(filepath.Join(built, "seccomp-filter"))
 	if err != nil {
 		return err
 	}
-	filter, err := os.ReadFile(built.filter)
-	if err != nil {
-		return err
-	}
-	t, err := guestTree(ctx, k, filepath.Join(out, "hyperinit"), built.crun)
+	t, err := guestTree(ctx, k, filepath.Join(out, "hyperinit"), filepath.Join(built, "crun"))
 	if err != nil {
 		return err
 	}

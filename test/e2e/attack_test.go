@@ -110,7 +110,7 @@ func viaPod[Out, In any](t testing.TB, tn tenant, pod, verb string, in []In) []O
 		if !errors.As(err, &cut) {
 			break
 		}
-		t.Logf("probe in %s/%s: of the answer, %d bytes have come: asked again", tn.ns, pod, len(text))
+		t.Logf("probe in %s/%s: of the answer, only %d bytes have come", tn.ns, pod, len(text))
 	}
 	if err == nil && len(out) != len(in) {
 		err = fmt.Errorf("%d answers to %d questions", len(out), len(in))
