@@ -9,7 +9,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -20,7 +19,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"testing/fstest"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -57,33 +55,25 @@ func bin(t testing.TB, name string) string {
 	return path
 }
 
-// probe is what a node keeps of having found out whether KVM boots a guest. Where KVM is emulated, that takes
-// a quarter of a minute, and each of our nodes would begin with it.
-var probe = sync.OnceValues(func() (fs.FS, error) {
+// accelerator is what executes guests here. Where KVM is emulated, to find that out takes a quarter of a
+// minute, and each of our nodes would begin with it, as would each other guest that one boots.
+var accelerator = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "h8s-probe-")
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	defer os.RemoveAll(dir)
 	hyper, err := filepath.Abs("../../bin/hyper")
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	defer cancel()
-	if _, _, err := vm.ProbeKVM(ctx, filepath.Join(hyper, "vmlinuz"), filepath.Join(hyper, "initrd.img"), dir, vm.Users{File: filepath.Join(dir, "users")}); err != nil {
-		return nil, err
+	ok, _, err := vm.ProbeKVM(ctx, filepath.Join(hyper, "vmlinuz"), filepath.Join(hyper, "initrd.img"), dir, vm.Users{File: filepath.Join(dir, "users")})
+	if err != nil || !ok {
+		return "tcg", err
 	}
-	kept := fstest.MapFS{}
-	err = fs.WalkDir(os.DirFS(dir), ".", func(name string, e fs.DirEntry, err error) error {
-		if err != nil || !e.Type().IsRegular() {
-			return err
-		}
-		text, err := os.ReadFile(filepath.Join(dir, name))
-		kept[name] = &fstest.MapFile{Data: text, Mode: 0o600}
-		return err
-	})
-	return kept, err
+	return "kvm", nil
 })
 
 func newNode(t testing.TB) *node {
@@ -96,7 +86,9 @@ func newNode(t testing.TB) *node {
 	must(t, os.MkdirAll(n.path("cni"), 0o755))
 	n.write("cni/10-pods.conflist", `{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "ptp", "mtu": 1400, "ipam": {
 		"type": "host-local", "dataDir": "`+n.path("ipam")+`", "ranges": [[{"subnet": "10.77.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}`)
-	n.write("hyper.yaml", "cacheDir: "+n.path("cache")+"\nrunDir: "+n.path("vm")+"\nkubeletDir: "+n.path("kubelet")+
+	accel, err := accelerator()
+	must(t, err)
+	n.write("hyper.yaml", "accel: "+accel+"\ncacheDir: "+n.path("cache")+"\nrunDir: "+n.path("vm")+"\nkubeletDir: "+n.path("kubelet")+
 		"\ndirectVolumeDir: "+n.path("direct-volumes")+"\n")
 	n.write("containerd.toml", strings.NewReplacer("$DIR", dir, "$BIN", filepath.Dir(bin(t, "containerd"))).Replace(`version = 3
 root = "$DIR/root"
@@ -128,9 +120,6 @@ disabled_plugins = ["io.containerd.nri.v1.nri"]
       [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.hyper.options]
         ConfigPath = "$DIR/hyper.yaml"
 `))
-	probed, err := probe()
-	must(t, err)
-	must(t, os.CopyFS(n.path("vm"), probed))
 	// As on a node, where it is in /run: what is written there must not wait for a disk.
 	must(t, os.MkdirAll(n.path("state"), 0o700))
 	must(t, syscall.Mount("tmpfs", n.path("state"), "tmpfs", 0, ""))
