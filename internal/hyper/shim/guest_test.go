@@ -9,6 +9,7 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -153,17 +154,19 @@ func refusalOf(size int) *ttrpc.Response {
 
 // TestHostileTasks: what a guest answers to the Task service's questions is as well.
 func TestHostileTasks(t *testing.T) {
+	// ttrpc's client says either why a connection has ended or only that it has.
+	const ended = "closed|bytes: 4194304 are allowed|gives 2 answers to 1 question"
 	for name, tt := range map[string]struct {
 		guest func(net.Conn)
-		want  string
+		want  string // a regular expression
 	}{
-		"a huge message":     {says(answer(1, math.MaxInt32, refusalOf(0))), "closed"},
+		"a huge message":     {says(answer(1, math.MaxInt32, refusalOf(0))), ended},
 		"a large refusal":    {says(answer(1, 0, refusalOf(3<<20))), "ääää"},
-		"another's answer":   {says(answer(3, 0, refusalOf(0)), answer(1, 0, refusalOf(0))), "closed"},
-		"garbage":            {says(strings.Repeat("\x00\xff", 4000)), "closed"},
+		"another's answer":   {says(answer(3, 0, refusalOf(0)), answer(1, 0, refusalOf(0))), ended},
+		"garbage":            {says(strings.Repeat("\x00\xff", 4000)), ended},
 		"nothing":            {says(), "deadline exceeded"},
-		"hanging up":         {hangsUp, "closed"},
-		"an endless message": {endlessly(answer(1, 4<<20+1, refusalOf(0)), "x"), "closed"},
+		"hanging up":         {hangsUp, ended},
+		"an endless message": {endlessly(answer(1, 4<<20+1, refusalOf(0)), "x"), ended},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -171,7 +174,7 @@ func TestHostileTasks(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), timeFor(tt.want))
 			defer cancel()
 			_, err := g.tasks.Kill(ctx, &task.KillRequest{ID: "x"})
-			if err == nil || !strings.Contains(err.Error(), tt.want) || len(err.Error()) > maxMessage+200 {
+			if err == nil || !regexp.MustCompile(tt.want).MatchString(err.Error()) || len(err.Error()) > maxMessage+200 {
 				t.Errorf("%.200v, want %q", err, tt.want)
 			}
 		})
