@@ -2,12 +2,14 @@ package vm
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -39,16 +41,14 @@ func (c *Config) chooseAccel(ctx context.Context) error {
 
 // probed is the cached answer of ProbeKVM.
 type probed struct {
-	Boot  string   `json:"boot"`
-	Files []string `json:"files"`
-	OK    bool     `json:"ok"`
-	Why   string   `json:"why,omitempty"`
+	OK  bool   `json:"ok"`
+	Why string `json:"why,omitempty"`
 }
 
 // ProbeKVM says whether a guest really boots with KVM here, and if not, why. That a
 // device /dev/kvm opens says little: it may be an emulation on which no ordinary
 // kernel runs, and QEMU is one of users. The answer is kept in cacheDir until the host restarts, or until QEMU,
-// kernel or initrd change; processes that ask at the same time wait for one answer.
+// kernel or initrd change; processes that ask the same at the same time wait for one answer.
 func ProbeKVM(ctx context.Context, kernel, initrd, cacheDir string, users Users) (ok bool, why string, err error) {
 	found, err := probe(ctx, kernel, initrd, cacheDir, users)
 	if err != nil {
@@ -61,11 +61,6 @@ func probe(ctx context.Context, kernel, initrd, cacheDir string, users Users) (p
 	if err := os.MkdirAll(cacheDir, 0o755); err != nil {
 		return probed{}, err
 	}
-	unlock, err := lock(ctx, filepath.Join(cacheDir, "kvm.lock"), unix.LOCK_EX)
-	if err != nil {
-		return probed{}, err
-	}
-	defer unlock()
 	c := Config{
 		ID: "probe", Dir: cacheDir, Kernel: kernel, Initrd: initrd, CPUs: 1, Memory: 256 << 20, Accel: "kvm", Users: users,
 	}
@@ -73,23 +68,33 @@ func probe(ctx context.Context, kernel, initrd, cacheDir string, users Users) (p
 	if err != nil {
 		return probed{}, err
 	}
-	cache := filepath.Join(cacheDir, "kvm.json")
-	var kept probed
-	if text, err := os.ReadFile(cache); err == nil && json.Unmarshal(text, &kept) == nil &&
-		kept.Boot == m.manifest.Boot && slices.Equal(kept.Files, m.manifest.Files) {
-		return kept, nil
+	answer := filepath.Join(cacheDir, "kvm-"+m.manifest.question())
+	unlock, err := lock(ctx, answer+".lock", unix.LOCK_EX)
+	if err != nil {
+		return probed{}, err
 	}
-	found := probed{Boot: m.manifest.Boot, Files: m.manifest.Files}
+	defer unlock()
+	var found probed
+	if text, err := os.ReadFile(answer + ".json"); err == nil && json.Unmarshal(text, &found) == nil {
+		return found, nil
+	}
 	if err := bootOnce(ctx, c); ctx.Err() != nil {
 		return probed{}, context.Cause(ctx)
-	} else if found.OK = err == nil; err != nil {
+	} else if found = (probed{OK: err == nil}); err != nil {
 		found.Why = err.Error()
 	}
 	text, err := json.Marshal(found)
 	if err != nil {
 		return probed{}, err
 	}
-	return found, renameio.WriteFile(cache, text, 0o644)
+	return found, renameio.WriteFile(answer+".json", text, 0o644)
+}
+
+// question names what an answer of ProbeKVM holds for. Where the pods of a node boot several guests in
+// turn, none makes the answer for another forgotten: to ask again takes up to probeTimeout.
+func (m manifest) question() string {
+	all := sha256.Sum256([]byte(strings.Join(append([]string{m.Boot}, m.Files...), "\n")))
+	return hex.EncodeToString(all[:8])
 }
 
 // bootOnce boots a guest until it opens its port.

@@ -491,7 +491,11 @@ func TestProbeKVM(t *testing.T) {
 		t.Errorf("it says %t because of %q", ok, why)
 	}
 	// Its answer is kept: it would be another one if it were asked without a device.
-	answer := filepath.Join(cache, "kvm.json")
+	answers, err := filepath.Glob(filepath.Join(cache, "kvm-*.json"))
+	if err != nil || len(answers) != 1 {
+		t.Fatalf("answers %q, %v, want one", answers, err)
+	}
+	answer := answers[0]
 	text, err := os.ReadFile(answer)
 	if err != nil {
 		t.Fatal(err)
@@ -512,5 +516,20 @@ func TestProbeKVM(t *testing.T) {
 	defer cancel()
 	if other, _, err := ProbeKVM(ctx, image.kernel, image.kernel, cache, Users{}); err == nil && other {
 		t.Error("an answer was kept for another guest")
+	}
+}
+
+// TestQuestion: answers for different guests lie side by side.
+func TestQuestion(t *testing.T) {
+	asked := map[string]string{}
+	for name, m := range map[string]manifest{
+		"one":          {Boot: "boot", Files: []string{"qemu", "kernel", "initrd"}},
+		"another file": {Boot: "boot", Files: []string{"qemu", "kernel", "initrd2"}},
+		"another boot": {Boot: "reboot", Files: []string{"qemu", "kernel", "initrd"}},
+	} {
+		if twin, ok := asked[m.question()]; ok {
+			t.Errorf("%s and %s are one question", name, twin)
+		}
+		asked[m.question()] = name
 	}
 }
