@@ -55,6 +55,10 @@ func (g *guest) setUp(ctx context.Context, s guestapi.Setup) error {
 			return err
 		}
 	}
+	if s.Template {
+		// Or the garbage of the boot is collected by each clone, while its first container starts.
+		runtime.GC()
+	}
 	return nil
 }
 

@@ -70,6 +70,9 @@ type Setup struct {
 	Sysctls map[string]string `json:"sysctls,omitempty"` // in the form net.core.somaxconn
 	// Links are the pod's interfaces, as its network namespace on the host has them.
 	Links []Link `json:"links"`
+	// Template says that the machine is saved after this: the guest does now what each clone
+	// would have to do later.
+	Template bool `json:"template,omitempty"`
 }
 
 // Link is one interface, found in the guest by its hardware address, or, in a clone

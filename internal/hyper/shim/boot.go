@@ -181,7 +181,7 @@ func (c Config) templates() vm.Templates {
 			}
 			defer g.close()
 			return g.call(ctx, http.MethodPost, "/v1/setup", guestapi.Setup{
-				Hostname: "template", Time: time.Now(), Entropy: entropy(),
+				Hostname: "template", Time: time.Now(), Entropy: entropy(), Template: true,
 			})
 		},
 		// It is in no pod's cgroup, and the first to go when the node has no memory left:
