@@ -97,9 +97,11 @@ func newMachine(c Config) (*machine, error) {
 
 // kernelParameters make the kernel say little, since each byte on the serial console
 // costs an exit from the guest, and end QEMU when it panics. The self-tests of the
-// kernel's ciphers are two thirds of the instructions before /init.
+// kernel's ciphers are two thirds of the instructions before /init. Of the security modules there
+// are those that need no policy, which nobody loads into a guest: AppArmor and TOMOYO would be
+// asked at each file that is opened, for nothing.
 const kernelParameters = "console=ttyS0 quiet loglevel=4 panic=-1 reboot=t" +
-	" i8042.noaux i8042.nokbd random.trust_cpu=on no_timer_check cryptomgr.notests"
+	" i8042.noaux i8042.nokbd random.trust_cpu=on no_timer_check cryptomgr.notests lsm=landlock,yama"
 
 // tscFrequency is the rate of the host's time stamp counter in kHz, which TCG's guests
 // see as theirs. Nothing in the machine would tell them: without a timer of known rate
