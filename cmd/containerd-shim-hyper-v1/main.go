@@ -20,7 +20,9 @@ func main() {
 		}
 		return
 	}
-	shim.Register()
+	loaded := make(chan struct{})
+	shim.EndUnserved(loaded)
+	shim.Register(loaded)
 	containerd.RunShim(context.Background(), shim.NewManager("io.containerd.hyper.v1"), func(c *containerd.Config) {
 		// The children are QEMU, mkfs.erofs and seccomp-filter, which their parents in this process wait for.
 		c.NoReaper, c.NoSubreaper = true, true

@@ -31,8 +31,9 @@ import (
 // killed is the exit status of what was killed.
 const killed = 128 + uint32(unix.SIGKILL)
 
-// Register makes the shim's services known to containerd's package shim.
-func Register() {
+// Register makes the shim's services known to containerd's package shim. It closes loaded when that
+// has loaded them.
+func Register(loaded chan<- struct{}) {
 	registry.Register(&plugin.Registration{
 		Type:     plugins.TTRPCPlugin,
 		ID:       "hyper",
@@ -54,6 +55,7 @@ func Register() {
 			if err != nil {
 				return nil, fmt.Errorf("configuration of the shim: %w", err)
 			}
+			defer close(loaded)
 			return newService(ic.Context, config, publisher.(containerd.Publisher), stop.(shutdown.Service)), nil
 		},
 	})

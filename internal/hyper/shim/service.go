@@ -111,6 +111,22 @@ func endWithBundle(done <-chan struct{}, every time.Duration, end func()) {
 	}
 }
 
+// EndUnserved ends the process when its bundle has been removed before loaded is closed, which is
+// for Register to tell. Package shim of containerd waits for containerd to read the shim's log before
+// it loads the service, and would wait for ever for a containerd that was killed meanwhile: the next
+// one knows nothing of the sandbox, and removes the bundle alone. Processes that serve no sandbox
+// are left in peace: containerd runs this program for other things, too.
+func EndUnserved(loaded <-chan struct{}) {
+	socket, err := listenAddress()
+	if err != nil {
+		return
+	}
+	go endWithBundle(loaded, bundleInterval, func() {
+		_ = os.Remove(socket)
+		os.Exit(1)
+	})
+}
+
 // listenAddress is the path of the socket on which containerd calls this process:
 // descriptor 3, by containerd's convention. That is so until package shim listens: it makes
 // another descriptor of this one, and a garbage collection closes it.
