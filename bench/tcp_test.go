@@ -56,7 +56,7 @@ func TestMeasurements(t *testing.T) {
 	if err := reachable(t.Context(), a, b, b.port()); err != nil {
 		t.Fatal(err)
 	}
-	gbits, err := throughput(a, b, b.port(), 100*time.Millisecond)
+	gbits, err := throughput(a, b, b.port(), 2*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}

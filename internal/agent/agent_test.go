@@ -89,9 +89,12 @@ func TestPodLifecycle(t *testing.T) {
 			t.Errorf("DEL: %v", err)
 		}
 	}
-	if got := l.records(); len(got) != 0 {
-		t.Errorf("records after DEL: %v", got)
-	}
+	l.eventually("no record is left", func() error { // DEL does not wait for it
+		if got := l.records(); len(got) != 0 {
+			return fmt.Errorf("records after DEL: %v", got)
+		}
+		return nil
+	})
 	web.remove()
 	l.removeNetwork("acme")
 	l.expectNothingLeft()

@@ -540,17 +540,22 @@ func (a *accounts) settle(ctx context.Context, tenant string, l *v1alpha1.QuotaL
 	return failed
 }
 
-// lapse ends what is overdue in the ledger, as far as it gets in half of the time. It
-// returns the first error: of many they are mostly the same.
+// lapse ends what is overdue in the ledger, as far as it gets in half of the time, of which no
+// resource takes another's share. It returns the first error: of many they are mostly the same.
 func (a *accounts) lapse(ctx context.Context, tenant string, ledger *v1alpha1.QuotaLedgerSpec, now time.Time) (failed error) {
-	ctx, cancel := context.WithTimeout(ctx, a.timeout/2)
+	deadline := time.Now().Add(a.timeout / 2)
+	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	holds := map[string][]v1alpha1.QuotaHold{}
 	for _, h := range quota.OverdueHolds(ledger, now) {
 		holds[h.Resource] = append(holds[h.Resource], h)
 	}
+	left := len(holds) + 1 // the reservations come last
 	for kind, of := range holds {
-		newest, err := a.newest(ctx, tenant, kind)
+		share, cancel := context.WithTimeout(ctx, time.Until(deadline)/time.Duration(left))
+		newest, err := a.newest(share, tenant, kind)
+		cancel()
+		left--
 		if err != nil {
 			failed = cmp.Or(failed, err)
 			continue

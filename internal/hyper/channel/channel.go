@@ -124,6 +124,7 @@ func (h *Host) explain(err error) error {
 	if !h.session.IsClosed() {
 		return err
 	}
+	_ = h.session.Close() // it waits for what the last read has found
 	why := errUnanswered
 	if end := h.guard.end.Load(); end != nil {
 		why = *end
