@@ -158,11 +158,10 @@ func start(ctx context.Context, c Config) (*VM, error) {
 
 // abandon ends a virtual machine whose start failed with err.
 func (v *VM) abandon(err error) error {
-	err = v.failure(err)
 	v.Kill()
 	<-v.done
 	v.channel.Close()
-	return err
+	return v.failure(err) // all that QEMU has said is there when it has ended
 }
 
 // failure adds to err what QEMU has said.

@@ -99,6 +99,7 @@ type guest struct {
 
 func (g *guest) control(c net.Conn) {
 	if g.behaviour == "headers" {
+		_, _ = c.Read(make([]byte, 64<<10)) // an answer to no question is another fault
 		_, _ = io.WriteString(c, "HTTP/1.1 204 No Content\r\n")
 		_ = repeat(c, []byte("X-Header: "+strings.Repeat("x", 500)+"\r\n"))
 		return
