@@ -543,9 +543,9 @@ func (a *accounts) settle(ctx context.Context, tenant string, l *v1alpha1.QuotaL
 // lapse ends what is overdue in the ledger, as far as it gets in half of the time, of which no
 // resource takes another's share. It returns the first error: of many they are mostly the same.
 func (a *accounts) lapse(ctx context.Context, tenant string, ledger *v1alpha1.QuotaLedgerSpec, now time.Time) (failed error) {
-	deadline := time.Now().Add(a.timeout / 2)
-	ctx, cancel := context.WithDeadline(ctx, deadline)
+	ctx, cancel := context.WithTimeout(ctx, a.timeout/2)
 	defer cancel()
+	deadline, _ := ctx.Deadline()
 	holds := map[string][]v1alpha1.QuotaHold{}
 	for _, h := range quota.OverdueHolds(ledger, now) {
 		holds[h.Resource] = append(holds[h.Resource], h)

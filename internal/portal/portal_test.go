@@ -358,9 +358,9 @@ func TestEnsureRepairs(t *testing.T) {
 	}
 	state := func() string {
 		var b strings.Builder
-		// Of IPv4: what the kernel does with IPv6's addresses of its own takes a second. Of the
-		// neighbours those that stay.
-		for _, args := range [][]string{{"-4", "-d", "addr"}, {"-4", "route", "show", "table", "all"}, {"-4", "neigh", "show", "nud", "permanent"}} {
+		// Addresses and routes of IPv4: what the kernel does with IPv6's addresses of its own takes
+		// a second. Of the neighbours those that stay.
+		for _, args := range [][]string{{"-d", "link"}, {"-4", "addr"}, {"-4", "route", "show", "table", "all"}, {"-4", "neigh", "show", "nud", "permanent"}} {
 			for _, ns := range []*place{n1.place, {ns: p.ns}} {
 				out, err := run(ns.ns, "ip", args...)
 				n1.must(err)

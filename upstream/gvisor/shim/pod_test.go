@@ -270,9 +270,13 @@ func TestPod(t *testing.T) {
 	t.Run("a port nobody listens on is refused", func(t *testing.T) { pod.refused(t, "127.0.0.1:8081") })
 	t.Run("nothing is left", func(t *testing.T) {
 		end("app")
-		if len(n.processes(t, "containerd-shim-runsc-v1")) == 0 {
-			t.Fatal("the pod's shim ended with one of its containers")
-		}
+		eventually(t, "one shim is left", func() bool {
+			shims := n.processes(t, "containerd-shim-runsc-v1")
+			if len(shims) == 0 {
+				t.Fatal("the pod's shim ended with one of its containers")
+			}
+			return len(shims) == 1
+		})
 		end("sandbox")
 		eventually(t, "the shim ends", func() bool { return len(n.processes(t, "runsc")) == 0 })
 		if tables := pod.tables(t); len(tables) > 0 {
